@@ -1,0 +1,87 @@
+"""A conversation of many turns on one fused cache: what was read in earlier turns is not read again."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import torch
+
+from cache2cache.models import kv
+from cache2cache.pipeline import C2C, Prefill
+from cache2cache.streaming import stream
+from cache2cache.types import Generation, Message, Timings
+
+
+class Chat:
+    """One conversation with a pair. Each user turn is one more span on both sides.
+
+    When a template writes earlier turns differently later on (some drop reasoning), everything from the first
+    token that differs is read again, and only that.
+    """
+
+    def __init__(self, pair: C2C, messages: list[Message]):
+        self.pair = pair
+        self._opening = list(messages)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages: list[Message] = list(self._opening)
+        self._last: Prefill | None = None
+        self._written: list[int] = []
+
+    def send(self, text: str, **generate_kwargs: Any) -> Generation:
+        """One user turn and its answer."""
+        prefill = self._read(text)
+        return self._keep(prefill, self.pair.decode(prefill, **self._single(generate_kwargs))[0])
+
+    def stream(self, text: str, **generate_kwargs: Any) -> Generator[str, None, Generation]:
+        """The same, piece by piece. A reader that leaves early takes the turn back."""
+        messages = list(self.messages)
+        prefill = self._read(text)
+        try:
+            answer = yield from stream(self.pair, prefill, **self._single(generate_kwargs))
+        except BaseException:
+            self.messages, self._last = messages, None
+            raise
+        return self._keep(prefill, answer)
+
+    def _read(self, text: str) -> Prefill:
+        timings = Timings()
+        messages = [*self.messages, Message(role="user", content=text)]
+        prepared = self.pair.prepare([messages], None, timings)
+        last = self._last
+        if last is not None:
+            self._rewind(last, prepared)
+        prefill = self.pair.read(prepared, resume=last, timings=timings)
+        self.messages = messages
+        return prefill
+
+    def _rewind(self, last: Prefill, prepared) -> None:
+        """Cut every cache back to the tokens that the new rendering still begins with."""
+        known = torch.cat([last.ids[0], torch.tensor(self._written, dtype=torch.long)])
+        # The prompt's last token must be read by the decoder, so it may not be in the cache yet.
+        keep = min(_common(known, prepared.ids[0]), prepared.ids.shape[1] - 1, kv.length(last.cache))
+        kv.truncate(last.cache, keep)
+        for cache, old, new in zip(last.sharer_caches, last.inputs.sharers, prepared.sharers, strict=True):
+            if old is not None and new is not None:
+                kv.truncate(cache, min(_common(old.ids[0], new.ids[0]), kv.length(cache)))
+
+    def _keep(self, prefill: Prefill, answer: Generation) -> Generation:
+        self._last, self._written = prefill, answer.ids
+        self.messages.append(Message(role="assistant", content=answer.text))
+        return answer
+
+    @staticmethod
+    def _single(generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        for name in ("num_beams", "num_return_sequences"):
+            if (generate_kwargs.get(name) or 1) > 1:
+                raise ValueError(f"a chat follows one answer: {name} must be 1, got {generate_kwargs[name]}")
+        return generate_kwargs
+
+
+def _common(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Length of the common prefix of two 1-D tensors."""
+    size = min(len(a), len(b))
+    return int((a[:size] == b[:size]).long().cumprod(0).sum())

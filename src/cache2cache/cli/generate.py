@@ -1,0 +1,80 @@
+"""`c2c generate`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from typing import Annotated
+
+import typer
+
+from cache2cache.cli import answer as show
+from cache2cache.cli import pair as options
+from cache2cache.types import Message
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What the user says; `-`, or nothing with a pipe, reads it from stdin.")
+    ] = None,
+    receiver: options.Receiver = options.DEMO_RECEIVER,
+    sharer: options.Sharers = None,
+    fuser: options.Fusers = None,
+    no_sharer: options.NoSharer = False,
+    mode: options.Mode = "parallel",
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Write the answer as it comes.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Text, token ids, counts and timings as JSON.")] = False,
+    timings: options.ShowTimings = True,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    seed: options.Seed = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beam search.", rich_help_panel="Decoding")] = 1,
+    device: options.Device = "cpu",
+    sharer_device: options.SharerDevice = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Answer a prompt from a fused cache.
+
+    Without options the demo pair answers. The answer goes to stdout, everything else to stderr.
+    """
+    if stream and json:
+        raise typer.BadParameter("--stream and --json cannot go together")
+    if stream and num_beams > 1:
+        raise typer.BadParameter("beam search cannot be streamed: leave out --stream or --num-beams")
+    messages = [Message(role="user", content=read_prompt(prompt))]
+    if system is not None:
+        messages.insert(0, Message(role="system", content=system))
+    pair = options.load_pair(
+        receiver,
+        sharer,
+        fuser,
+        no_sharer=no_sharer,
+        mode=mode,
+        device=device,
+        sharer_device=sharer_device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    kwargs = options.generate_kwargs(max_new_tokens, temperature, top_p, seed, num_beams)
+    if stream:
+        result = show.write(pair.stream(messages, **kwargs))
+    else:
+        # A batch of one, because several beams give a list anyway.
+        result = pair.generate([messages], **kwargs)[0]
+        typer.echo(jsonlib.dumps(show.as_json(pair, result), ensure_ascii=False) if json else result.text)
+    if timings and not json:
+        show.print_summary(pair, result)
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The argument, or all of stdin without its last line break."""
+    if prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter("no prompt: give it as an argument or through a pipe")
+    if prompt is None or prompt == "-":
+        prompt = sys.stdin.read().removesuffix("\n")
+    if not prompt.strip():
+        raise typer.BadParameter("the prompt is empty")
+    return prompt

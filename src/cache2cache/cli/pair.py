@@ -1,0 +1,185 @@
+"""Options that name a pair and say how it answers, shared by the commands that load one."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cache2cache.errors import ModelError
+
+if TYPE_CHECKING:
+    from cache2cache.pipeline import C2C
+
+DEMO_RECEIVER = "smollm2-135m"
+DEMO_SHARER = "qwen2.5-coder-1.5b"
+DEMO_FUSER = "demo"
+
+_MODEL = "a catalogue name, a hub id (id@revision pins it) or a folder"
+
+Receiver = Annotated[
+    str, typer.Option("--receiver", "-r", help=f"The model that answers: {_MODEL}.", rich_help_panel="Pair")
+]
+Sharers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sharer",
+        "-s",
+        help="A model it listens to; repeat for several.",
+        show_default=DEMO_SHARER,
+        rich_help_panel="Pair",
+    ),
+]
+Fusers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fuser",
+        "-f",
+        help="One per sharer, in the same order: a folder or a hub id.",
+        show_default=f"{DEMO_FUSER}, for the default pair",
+        rich_help_panel="Pair",
+    ),
+]
+NoSharer = Annotated[bool, typer.Option("--no-sharer", help="The receiver alone.", rich_help_panel="Pair")]
+Mode = Annotated[
+    Literal["parallel", "sequential"], typer.Option(help="How several sharers are combined.", rich_help_panel="Pair")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …", rich_help_panel="Machine")]
+SharerDevice = Annotated[
+    str | None, typer.Option(help="Where the sharers run.", show_default="the same", rich_help_panel="Machine")
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of all models; auto is what the weights are stored in.", rich_help_panel="Machine"),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.", rich_help_panel="Machine")
+]
+
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longest answer.", show_default="256", rich_help_panel="Decoding")
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Sample with this temperature; 0 is greedy.", show_default="greedy", rich_help_panel="Decoding"
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass.", rich_help_panel="Decoding"),
+]
+Seed = Annotated[int | None, typer.Option(help="Of the sampling.", rich_help_panel="Decoding")]
+ShowTimings = Annotated[bool, typer.Option(help="Show tokens and seconds of each stage on stderr.")]
+
+
+def load_pair(
+    receiver: str,
+    sharers: list[str] | None,
+    fusers: list[str] | None,
+    *,
+    no_sharer: bool,
+    mode: Literal["parallel", "sequential"],
+    device: str,
+    sharer_device: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+) -> C2C:
+    """Load what the options name, after everything that can be checked without loading.
+
+    Raises:
+        typer.BadParameter: options that contradict each other.
+    """
+    sharers, fusers = complete(receiver, sharers, fusers, no_sharer)
+    with Busy(f"loading {receiver}{' ← ' if sharers else ''}{', '.join(sharers)}"):
+        quiet_transformers()
+        for name in {device, sharer_device or device}:
+            check_device(name)
+        from cache2cache.pipeline import C2C
+
+        return C2C.from_pretrained(
+            receiver,
+            sharers,
+            fusers,
+            device=device,
+            sharer_device=sharer_device,
+            dtype=dtype,
+            mode=mode,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def complete(
+    receiver: str, sharers: list[str] | None, fusers: list[str] | None, no_sharer: bool
+) -> tuple[list[str], list[str]]:
+    """Sharers and fusers with their defaults filled in."""
+    if no_sharer:
+        if sharers or fusers:
+            raise typer.BadParameter("--no-sharer goes with neither --sharer nor --fuser")
+        return [], []
+    sharers = sharers or [DEMO_SHARER]
+    if not fusers and (receiver, sharers) == (DEMO_RECEIVER, [DEMO_SHARER]):
+        fusers = [DEMO_FUSER]
+    if len(fusers or ()) != len(sharers):
+        raise typer.BadParameter(
+            f"{receiver} ← {', '.join(sharers)} needs one --fuser per sharer, got {len(fusers or ())}"
+        )
+    return sharers, fusers or []
+
+
+def check_device(name: str) -> None:
+    """Raise ModelError if torch has no such device here."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"no device {name} here", got=str(error).splitlines()[0], hint="c2c doctor lists the devices"
+        ) from error
+
+
+def generate_kwargs(
+    max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None, num_beams: int = 1
+) -> dict[str, Any]:
+    """What `transformers.generate` is asked for. Greedy unless asked to sample, whatever the model's own config says."""
+    sample = bool(temperature) or (top_p is not None and temperature is None)
+    kwargs: dict[str, Any] = {"do_sample": sample, "num_beams": num_beams}
+    if max_new_tokens is not None:
+        kwargs["max_new_tokens"] = max_new_tokens
+    if sample:
+        # top_k is a silent 50 in transformers; here only what was asked for counts.
+        kwargs |= {"temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p, "top_k": 0}
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
+    return kwargs
+
+
+def quiet_transformers() -> None:
+    """Keep its progress bars and advice off the terminal; its errors still come through."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+class Busy:
+    """A spinner on stderr while something takes a while; nothing at all when nobody watches."""
+
+    def __init__(self, what: str):
+        self._what = what
+        self._status: Any = None
+
+    def __enter__(self) -> None:
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            self._status = Console(stderr=True).status(self._what)
+            self._status.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()

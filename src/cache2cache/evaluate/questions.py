@@ -1,0 +1,117 @@
+"""Multiple-choice questions: reading them, asking them, and finding training rows that give a test away."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cache2cache.errors import DataError, MissingExtraError
+from cache2cache.types import Message
+
+LETTERS = "ABCDEFGHIJ"
+_RUN = 13
+
+
+class Question(BaseModel):
+    """One row of a multiple-choice set. Fields that a set adds are kept aside, not refused."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: str
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    """Index into `choices`."""
+    error_type: str = "ok"
+    """MMLU-Redux's verdict on the row; anything but `ok` means that question or answer is wrong."""
+
+    @property
+    def letters(self) -> str:
+        return LETTERS[: len(self.choices)]
+
+    @property
+    def letter(self) -> str:
+        """The right one."""
+        return LETTERS[self.answer]
+
+    def messages(self) -> list[Message]:
+        """The question as a conversation of one turn."""
+        options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
+        text = f"Question: {self.question}\n{options}\nAnswer with the letter."
+        return [{"role": "user", "content": text}]
+
+
+def read_questions(path: str | Path, *, limit: int | None = None, seed: int = 0) -> list[Question]:
+    """Rows of a JSONL file (`.zst` too), all of them or a random sample in a fixed order.
+
+    Rows that MMLU-Redux marks as wrong are left out, as the benchmark's authors do.
+
+    Raises:
+        DataError: no such file, or a row of another form.
+    """
+    rows = []
+    for number, line in enumerate(lines(Path(path)), 1):
+        try:
+            row = Question.model_validate_json(line)
+        except ValidationError as error:
+            raise DataError(f"{path}, line {number} is not a multiple-choice row", got=str(error)) from error
+        if not 0 <= row.answer < len(row.choices) <= len(LETTERS):
+            raise DataError(
+                f"{path}, line {number}: answer out of range", got=row.answer, allowed=f"0–{len(row.choices) - 1}"
+            )
+        rows.append(row)
+    rows = [row for row in rows if row.error_type == "ok"]
+    return rows if limit is None or limit >= len(rows) else random.Random(seed).sample(rows, limit)
+
+
+def lines(path: Path) -> Iterator[str]:
+    """Non-empty lines of a text file, plain or `.zst`."""
+    if not path.is_file():
+        raise DataError("no such data file", got=path, allowed="a .jsonl or .jsonl.zst file")
+    if path.suffix != ".zst":
+        yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        return
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingExtraError("reading .zst needs zstandard", hint="pip install 'cache2cache[train]'") from error
+    with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+        yield from (line for line in io.TextIOWrapper(stream, encoding="utf-8") if line.strip())
+
+
+class Contamination:
+    """Finds rows whose question is an evaluation question or shares a run of 13 words with one."""
+
+    def __init__(self, evaluation: Iterable[Question]):
+        self._questions: set[str] = set()
+        self._runs: set[tuple[str, ...]] = set()
+        for row in evaluation:
+            words = _words(row.question)
+            self._questions.add(" ".join(words))
+            self._runs.update(_runs(words))
+
+    def __contains__(self, row: Question) -> bool:
+        words = _words(row.question)
+        return " ".join(words) in self._questions or not self._runs.isdisjoint(_runs(words))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _runs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    return (tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1))
+
+
+def write_questions(path: str | Path, rows: Iterable[Question]) -> None:
+    """Write rows as JSONL."""
+    Path(path).write_text(
+        "".join(json.dumps(row.model_dump(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )

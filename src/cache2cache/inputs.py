@@ -1,0 +1,277 @@
+"""From conversations, or from token ids, to the padded tensors that the request path runs on.
+
+Batches are padded on the left, so that every row's prompt ends in the same column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cache2cache.errors import AlignmentError, ContextLengthError
+from cache2cache.fuser.base import Fuser
+from cache2cache.models.load import LanguageModel
+from cache2cache.text.align import align
+from cache2cache.text.chat import render
+from cache2cache.text.retokenise import retokenise
+from cache2cache.types import Conversation, Span, Timings, clock
+
+
+@dataclass(frozen=True)
+class SharerRow:
+    """What one sharer reads of one conversation."""
+
+    ids: np.ndarray
+    """(M,)"""
+    alignment: np.ndarray
+    """(N,) sharer position of each receiver position."""
+    due: np.ndarray
+    """(N,) when each receiver position is fused: once the receiver has read this many positions; 0 is never."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation as every model reads it."""
+
+    ids: np.ndarray
+    """(N,) the receiver's tokens."""
+    sharers: tuple[SharerRow | None, ...]
+    """One per sharer; None where it does not speak."""
+
+
+@dataclass(frozen=True)
+class SharerInputs:
+    """What one sharer reads of a batch."""
+
+    ids: torch.Tensor
+    """(B, M)"""
+    mask: torch.Tensor
+    """(B, M)"""
+    alignment: torch.Tensor
+    """(B, N) column of the sharer for each column of the receiver."""
+    due: torch.Tensor
+    """(B, N) when each receiver column is fused: once the receiver has read this many columns; 0 is never."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch, ready to be read."""
+
+    ids: torch.Tensor
+    """(B, N)"""
+    mask: torch.Tensor
+    """(B, N)"""
+    sharers: tuple[SharerInputs | None, ...]
+    """One per sharer of the pair; None if it speaks in no row."""
+
+
+def row(
+    messages: Conversation,
+    receiver: LanguageModel,
+    sharers: Sequence[LanguageModel],
+    fusers: Sequence[Fuser],
+    speaking: Sequence[int],
+    timings: Timings,
+) -> Row:
+    """Render, tokenise and align one conversation.
+
+    Raises:
+        ConversationError, TemplateError: the conversation cannot be rendered.
+        AlignmentError: the two sides cannot be aligned.
+        ContextLengthError: the prompt is longer than a model's context.
+    """
+    with clock(timings, "tokenise"):
+        template = fusers[0].config.receiver_template if fusers else None
+        own = render(receiver.tokenizer, messages, template=template)
+        theirs = {
+            i: render(sharers[i].tokenizer, messages, template=fusers[i].config.sharer_template)
+            for i in speaking
+            if fusers[i].config.alignment == "native"
+        }
+    rows: list[SharerRow | None] = [None] * len(sharers)
+    with clock(timings, "align"):
+        for i in speaking:
+            config = fusers[i].config
+            if config.alignment == "native":
+                ids, alignment = theirs[i].ids, align(own, theirs[i])
+                due = _whole(len(own.ids))
+            elif config.alignment == "same-ids":
+                ids, alignment = own.ids, np.arange(len(own.ids))
+                due = _whole(len(own.ids))
+            else:
+                ids, alignment, due = _retokenised(messages, receiver, sharers[i], fusers[i])
+            rows[i] = SharerRow(ids, alignment, _only_last(due, config.fuse_last))
+    return _checked(Row(own.ids, tuple(rows)), receiver, sharers)
+
+
+def _whole(size: int) -> np.ndarray:
+    """(N,) one span: every position but the last, fused together."""
+    due = np.full(size, size - 1)
+    due[-1:] = 0
+    return due
+
+
+def _only_last(due: np.ndarray, last: int | None) -> np.ndarray:
+    """Of the positions to be fused, only those among the prompt's `last` ones before its last."""
+    if last is not None:
+        due = due.copy()
+        due[: max(len(due) - 1 - last, 0)] = 0
+    return due
+
+
+def _retokenised(messages: Conversation, receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser):
+    """The published fusers' alignment, and their spans: message by message, templates left as they are."""
+    config = fuser.config
+    both = retokenise(
+        messages,
+        receiver.tokenizer,
+        sharer.tokenizer,
+        "first" if config.alignment == "retokenise-first" else "longest",
+        receiver_template=config.receiver_template,
+        sharer_template=config.sharer_template,
+    )
+    due = np.zeros(len(both.receiver_ids), dtype=np.int64)
+    read = np.cumsum(~both.receiver_padding)
+    for section in both.sections:
+        if section.message:
+            due[section.start : section.stop] = read[section.stop - 1]
+    due = due[~both.receiver_padding]
+    due[-1:] = 0
+    return both.sharer_ids[~both.sharer_padding], both.alignment, due
+
+
+def _checked(row: Row, receiver: LanguageModel, sharers: Sequence[LanguageModel]) -> Row:
+    check_length(receiver, len(row.ids), 1)
+    for lm, part in zip(sharers, row.sharers, strict=True):
+        if part is not None:
+            check_length(lm, len(part.ids), 0)
+            vocabulary = lm.card.geometry.vocab_size
+            if vocabulary and len(part.ids) and int(part.ids.max()) >= vocabulary:
+                raise AlignmentError(
+                    f"the sharer {lm.card.id} is given token ids that it does not have",
+                    got=int(part.ids.max()), allowed=f"below {vocabulary}",
+                )  # fmt: skip
+    return row
+
+
+def check_length(lm: LanguageModel, prompt: int, new: int) -> None:
+    """Raise ContextLengthError unless prompt and new tokens fit into the model's context."""
+    longest = lm.card.geometry.max_positions
+    if longest is not None and prompt + new > longest:
+        raise ContextLengthError(
+            f"the prompt does not fit into the context of {lm.card.id}",
+            got=f"{prompt} tokens and {new} to be written",
+            allowed=f"{longest} together",
+            hint="Shorten the conversation or ask for fewer tokens",
+        )
+
+
+def collate(rows: Sequence[Row], fusers: Sequence[Fuser], pad: int, sharer_pads: Sequence[int]) -> Inputs:
+    """Pad rows on the left into one batch."""
+    ids, mask = _pad([row.ids for row in rows], pad)
+    width = ids.shape[1]
+    sharers: list[SharerInputs | None] = []
+    for i, fuser in enumerate(fusers):
+        parts = [row.sharers[i] for row in rows]
+        if not any(parts):
+            sharers.append(None)
+            continue
+        # A row in which this sharer is silent gets one token to read, since a batch has no empty rows.
+        their_ids, their_mask = _pad([np.zeros(1, np.int64) if p is None else p.ids for p in parts], sharer_pads[i])
+        alignment, due = torch.zeros((2, len(rows), width), dtype=torch.long)
+        for b, part in enumerate(parts):
+            if part is not None:
+                left = width - len(part.alignment)
+                alignment[b, left:] = torch.as_tensor(part.alignment) + their_ids.shape[1] - len(part.ids)
+                due[b, left:] = torch.as_tensor(np.where(part.due > 0, part.due + left, 0))
+        sharers.append(SharerInputs(their_ids, their_mask, alignment, due))
+    return Inputs(ids, mask, tuple(sharers))
+
+
+def _pad(rows: Sequence[np.ndarray], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for b, row in enumerate(rows):
+        if len(row):
+            ids[b, width - len(row) :] = torch.as_tensor(row)
+            mask[b, width - len(row) :] = 1
+    return ids, mask
+
+
+def from_ids(
+    receiver_ids: torch.Tensor,
+    sharer_ids: Sequence[torch.Tensor | None],
+    fusers: Sequence[Fuser],
+    *,
+    receiver_mask: torch.Tensor | None = None,
+    sharer_masks: Sequence[torch.Tensor | None] | None = None,
+    alignments: Sequence[torch.Tensor | None] | None = None,
+    spans: Sequence[Span] | None = None,
+) -> Inputs:
+    """A batch from token ids.
+
+    Args:
+        receiver_ids: (B, N), padded on the left.
+        sharer_ids: per sharer (B, M), or None if it does not speak.
+        receiver_mask, sharer_masks: 1 for real tokens; all real by default.
+        alignments: per sharer (B, N) column of the sharer for each column of the receiver; by default position for
+            position, which needs M = N.
+        spans: runs of columns that are fused together, or not, as soon as the receiver has read them; columns
+            between spans are not fused. One span over all but the last token by default.
+
+    Raises:
+        AlignmentError: shapes that do not belong together, indices out of range, spans that overlap.
+    """
+    batch, width = receiver_ids.shape
+    mask = torch.ones_like(receiver_ids) if receiver_mask is None else receiver_mask
+    _same_shape("receiver_mask", mask, receiver_ids)
+    if len(sharer_ids) != len(fusers):
+        raise AlignmentError("one tensor of sharer ids per sharer is needed", got=len(sharer_ids), allowed=len(fusers))
+    sharers: list[SharerInputs | None] = []
+    for i, (ids, fuser) in enumerate(zip(sharer_ids, fusers, strict=True)):
+        if ids is None:
+            sharers.append(None)
+            continue
+        their_mask = sharer_masks[i] if sharer_masks and sharer_masks[i] is not None else torch.ones_like(ids)
+        _same_shape(f"sharer_masks[{i}]", their_mask, ids)
+        given = alignments[i] if alignments else None
+        if given is None and ids.shape != receiver_ids.shape:
+            raise AlignmentError(
+                f"sharer {i} reads other columns than the receiver and no alignment was given",
+                got=f"{tuple(ids.shape)} beside {tuple(receiver_ids.shape)}", hint="Pass alignments=[…]",
+            )  # fmt: skip
+        alignment = torch.arange(width).expand(batch, width) if given is None else given
+        _same_shape(f"alignments[{i}]", alignment, receiver_ids)
+        if int(alignment.min()) < 0 or int(alignment.max()) >= ids.shape[1]:
+            raise AlignmentError(
+                f"alignments[{i}] leaves the sharer's columns",
+                got=f"{int(alignment.min())}–{int(alignment.max())}", allowed=f"0–{ids.shape[1] - 1}",
+            )  # fmt: skip
+        due = torch.as_tensor(_only_last(_spans(spans, width), fuser.config.fuse_last)) * mask.bool()
+        sharers.append(SharerInputs(ids, their_mask, alignment, due))
+    return Inputs(receiver_ids, mask, tuple(sharers))
+
+
+def _spans(spans: Sequence[Span] | None, width: int) -> np.ndarray:
+    """(N,) when each column is fused, see `SharerInputs.due`."""
+    if spans is None:
+        return _whole(width)
+    due, at = np.zeros(width, dtype=np.int64), 0
+    for span in spans:
+        if not at <= span.start < span.stop <= width - 1:
+            raise AlignmentError(
+                "spans must be in order, not overlap, and leave the prompt's last token out",
+                got=list(spans), allowed=f"columns 0–{width - 2}",
+            )  # fmt: skip
+        at = span.stop
+        due[span.start : at] = at if span.fuse else 0
+    return due
+
+
+def _same_shape(name: str, got: torch.Tensor, like: torch.Tensor) -> None:
+    if got.shape != like.shape:
+        raise AlignmentError(f"{name} has the wrong shape", got=tuple(got.shape), allowed=tuple(like.shape))

@@ -1,0 +1,81 @@
+"""Cache sizes and rotary parameters of a model, from its config alone: no weights, no model class named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from cache2cache.errors import ModelError
+from cache2cache.types import Geometry, Rope
+
+_STATIC_ROPES = ("linear", "yarn", "llama3", "proportional")
+"""Kinds whose frequencies do not depend on the length of the prompt."""
+
+
+def geometry(config: PretrainedConfig, name: str) -> Geometry:
+    """Read a model's geometry.
+
+    Raises:
+        ModelError: it is not a decoder, or its config lacks a size.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder", allowed="decoder-only language models")
+    text = config.get_text_config(decoder=True)
+    sizes = {key: getattr(text, key, None) for key in ("num_hidden_layers", "num_attention_heads", "vocab_size")}
+    missing = [key for key, value in sizes.items() if not value]
+    if missing:
+        raise ModelError(
+            f"{name} has no per-token KV cache: its config has no {', '.join(missing)}",
+            got=config.model_type,
+            allowed="decoders with attention in every layer",
+        )
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    ropes, of_layer, problem = _ropes(text, layers, head_dim)
+    return Geometry(
+        layers=layers,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=head_dim,
+        vocab_size=text.vocab_size,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        ropes=ropes,
+        rope_of_layer=of_layer,
+        rope_problem=problem,
+    )
+
+
+def _ropes(config: Any, layers: int, head_dim: int) -> tuple[tuple[Rope, ...], tuple[int, ...], str | None]:
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters:
+        return (), (), "its config has no rotary parameters (positions are learned or enter another way)"
+    if "rope_type" in parameters:  # one kind for all layers
+        by_type: dict[str | None, dict] = {None: parameters}
+        types: list[str | None] = [None] * layers
+    else:
+        by_type = {t: p for t, p in parameters.items() if p}
+        types = list(config.layer_types)
+    if unknown := sorted({str(t) for t in types} - {str(t) for t in by_type}):
+        return (), (), f"layers of type {', '.join(unknown)} have no rotary parameters"
+    order = list(by_type)
+    ropes = []
+    for layer_type in order:
+        rope = _rope(config, by_type[layer_type], layer_type, head_dim)
+        if isinstance(rope, str):
+            return (), (), rope
+        ropes.append(rope)
+    return tuple(ropes), tuple(order.index(t) for t in types), None
+
+
+def _rope(config: Any, parameters: dict, layer_type: str | None, head_dim: int) -> Rope | str:
+    kind = parameters["rope_type"]
+    if kind == "default":
+        dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        inv_freq = 1.0 / parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
+        return Rope(inv_freq=tuple(inv_freq.tolist()))
+    if kind not in _STATIC_ROPES:
+        return f"its {kind} rotary embedding changes with the length of the prompt"
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
+    return Rope(inv_freq=tuple(inv_freq.tolist()), scaling=float(scaling))

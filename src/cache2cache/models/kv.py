@@ -1,0 +1,150 @@
+"""The only file that touches transformers' cache classes.
+
+A cache here is always a `DynamicCache` built without a config, so that every layer keeps every position:
+a cache that transformers builds for a model with sliding-window layers would forget the older ones, and a
+fuser needs them all. Attention stays right, since the window is enforced by the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from cache2cache.errors import ModelError
+
+
+def new_cache() -> DynamicCache:
+    """An empty cache that keeps every position of every layer."""
+    return DynamicCache()
+
+
+def length(cache: DynamicCache) -> int:
+    """Number of positions held."""
+    return cache.get_seq_length()
+
+
+def position_ids(mask: torch.Tensor) -> torch.Tensor:
+    """Positions (B, N) of a padded batch, counted from each row's first real token; padding gets 0.
+
+    Args:
+        mask: (B, N), 1 for real tokens.
+    """
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None = None
+) -> DynamicCache:
+    """Read tokens into a cache, without computing any logits.
+
+    Args:
+        ids: (B, n) the new tokens.
+        mask: (B, past + n), 1 for real tokens, over the cached positions and the new ones.
+        cache: what was read before; extended in place. A new one by default.
+    Returns:
+        The cache, with past + n positions.
+    """
+    cache = new_cache() if cache is None else cache
+    if ids.shape[1] == 0:
+        return cache
+    # The decoder without its output head: on a small model with a large vocabulary the head is much of the work.
+    model.get_decoder()(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position_ids(mask)[:, -ids.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return cache
+
+
+def gather(cache: DynamicCache, positions: torch.Tensor, layers: Sequence[int] | None = None) -> torch.Tensor:
+    """Keys and values at chosen positions.
+
+    Args:
+        positions: (B, P) cache positions.
+        layers: which layers, in which order; a layer may be named more than once. All by default.
+    Returns:
+        (2, len(layers), B, H, P, D)
+    """
+    chosen = range(len(cache.layers)) if layers is None else layers
+    rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+    read = {i: _at(cache.layers[i], rows, positions) for i in set(chosen)}
+    return torch.stack([torch.stack([read[i][x] for i in chosen]) for x in (0, 1)])
+
+
+def _at(layer, rows: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # (B, H, N, D) -> (B, P, H, D) -> (B, H, P, D)
+    return tuple(x.transpose(1, 2)[rows, positions].transpose(1, 2) for x in (layer.keys, layer.values))  # type: ignore[return-value]
+
+
+def scatter(cache: DynamicCache, positions: torch.Tensor, mask: torch.Tensor, kv: torch.Tensor) -> None:
+    """Write keys and values at chosen positions, out of place, so that gradients flow and views stay whole.
+
+    Args:
+        positions: (B, P) cache positions.
+        mask: (B, P) bool; only where it is true anything is written.
+        kv: (2, L, B, H, P, D)
+    """
+    rows, cols = mask.nonzero(as_tuple=True)
+    at = positions[rows, cols]
+    for i, layer in enumerate(cache.layers):
+        for x, name in enumerate(("keys", "values")):
+            old = getattr(layer, name)
+            new = kv[x, i].transpose(1, 2)[rows, cols].to(old.dtype)
+            setattr(layer, name, old.transpose(1, 2).index_put((rows, at), new).transpose(1, 2))
+
+
+def clone(cache: DynamicCache) -> DynamicCache:
+    """A cache that can be extended without changing the original. Tensors are shared: nothing writes into them."""
+    return from_tensors([(layer.keys, layer.values) for layer in cache.layers])
+
+
+def from_tensors(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    """A cache that holds the given (B, H, N, D) keys and values, one pair per layer."""
+    cache = new_cache()
+    for i, (keys, values) in enumerate(layers):
+        cache.update(keys, values, i)
+    return cache
+
+
+def stack(cache: DynamicCache) -> torch.Tensor:
+    """All keys and values as one tensor (2, L, B, H, N, D)."""
+    return torch.stack(
+        [torch.stack([layer.keys for layer in cache.layers]), torch.stack([layer.values for layer in cache.layers])]
+    )
+
+
+def truncate(cache: DynamicCache, size: int) -> None:
+    """Keep the first `size` positions."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[..., :size, :], layer.values[..., :size, :]
+
+
+def repeat_rows(cache: DynamicCache, times: int) -> None:
+    """Repeat each row in place, as beam search and num_return_sequences need it before they begin."""
+    if times > 1:
+        cache.batch_repeat_interleave(times)
+
+
+def check(cache: object, layers: int, heads: int, head_dim: int, seen: int, name: str) -> None:
+    """Raise ModelError unless the cache holds one (B, heads, seen, head_dim) key and value per layer.
+
+    Models that compress their cache (MLA), keep a recurrent state (Mamba, RWKV) or share keys between layers
+    have no per-token KV cache for a fuser to read or write.
+    """
+    needs = f"{layers} layers of keys and values (batch, {heads}, {seen}, {head_dim})"
+    hint = "Use a decoder with ordinary multi-head or grouped-query attention, such as Llama, Qwen, Mistral, Gemma"
+    held = getattr(cache, "layers", None)
+    if held is None or len(held) != layers or not all(isinstance(layer, DynamicLayer) for layer in held):
+        kind = type(cache).__name__ if held is None else f"{len(held)} layers of {sorted({type(x).__name__ for x in held})}"
+        raise ModelError(f"{name} has no per-token KV cache", got=kind, allowed=needs, hint=hint)
+    for i, layer in enumerate(held):
+        for x in (layer.keys, layer.values):
+            if x is None or tuple(x.shape[1:]) != (heads, seen, head_dim):
+                got = "nothing" if x is None else tuple(x.shape)
+                raise ModelError(f"{name} has no per-token KV cache (layer {i})", got=got, allowed=needs, hint=hint)

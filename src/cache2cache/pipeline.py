@@ -1,0 +1,354 @@
+"""The request path: two or more models read a conversation, their caches are fused, the receiver answers.
+
+Decoding is `transformers.generate`'s: the fused cache is an ordinary cache handed to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from cache2cache import inputs
+from cache2cache.errors import FuserMismatchError
+from cache2cache.fuser.base import Fuser
+from cache2cache.fuser.several import FusionMode, Speaker, fused_kv
+from cache2cache.inputs import Inputs, SharerInputs
+from cache2cache.models import kv
+from cache2cache.models.load import LanguageModel, load
+from cache2cache.types import Conversation, Generation, Message, Timings, TokenCounts, clock
+
+if TYPE_CHECKING:
+    from cache2cache.chat import Chat
+
+DEFAULT_NEW_TOKENS = 256
+"""Asked for when neither max_new_tokens nor max_length is given."""
+
+Model = LanguageModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@dataclass
+class Prefill:
+    """A batch that has been read and fused; hand `cache`, `ids` and `mask` to any decoder."""
+
+    inputs: Inputs
+    cache: DynamicCache
+    """The receiver's, fused: every prompt token but the last."""
+    sharer_caches: list[DynamicCache]
+    """One per sharer; empty where it did not speak."""
+    timings: Timings = field(default_factory=Timings)
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """(B, N) the receiver's prompt, padded on the left."""
+        return self.inputs.ids
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, N)"""
+        return self.inputs.mask
+
+
+class C2C:
+    """A receiver and its sharers.
+
+    Args:
+        receiver: the model that answers, as a `LanguageModel` or a (model, tokenizer) pair.
+        sharers: the models that it listens to.
+        fusers: one per sharer.
+        mode: how several sharers are combined, "parallel" or "sequential".
+
+    Raises:
+        FuserMismatchError: a fuser that was trained for another pair, or not one fuser per sharer.
+        ModelError: a model without a per-token KV cache.
+    """
+
+    def __init__(
+        self,
+        receiver: Model,
+        sharers: Sequence[Model] = (),
+        fusers: Sequence[Fuser] = (),
+        mode: FusionMode = "parallel",
+    ):
+        self.receiver = _language_model(receiver)
+        self.sharers = [_language_model(sharer) for sharer in sharers]
+        self.fusers = [fuser.to(self.receiver.device).eval() for fuser in fusers]
+        self.mode = mode
+        _check(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        receiver: str | Path,
+        sharers: Sequence[str | Path] = (),
+        fusers: Sequence[str | Path | Fuser] = (),
+        *,
+        device: str | torch.device = "cpu",
+        sharer_device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        mode: FusionMode = "parallel",
+        trust_remote_code: bool = False,
+    ) -> C2C:
+        """Load a pair.
+
+        Args:
+            receiver, sharers: catalogue names, hub ids or folders; `id@revision` pins a hub id.
+            fusers: folders, hub ids, "demo", or loaded fusers; one per sharer.
+            sharer_device: where the sharers run; the receiver's device by default.
+            dtype: of all models; "auto" is what the weights are stored in.
+        """
+        loaded = [f if isinstance(f, Fuser) else Fuser.from_pretrained(f) for f in fusers]
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        return cls(
+            load(receiver, device=device, **options),
+            [load(sharer, device=sharer_device or device, **options) for sharer in sharers],
+            loaded,
+            mode,
+        )
+
+    # --- the request path ---------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        *,
+        sharers: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **generate_kwargs: Any,
+    ) -> Generation | list[Generation]:
+        """Answer one conversation, or a batch of them.
+
+        Args:
+            conversations: a list of messages, or a list of such lists.
+            sharers: indices of the sharers that speak, for all rows or one list per row. All by default; `[]` is
+                the receiver alone.
+            generate_kwargs: anything that `transformers.generate` takes.
+
+        Returns:
+            One `Generation` for one conversation, a list for a batch. With num_return_sequences = n the answers
+            of each conversation follow one another, and it is always a list.
+        """
+        batch = is_batch(conversations)
+        timings = Timings()
+        prepared = self.prepare(conversations if batch else [conversations], sharers, timings)  # type: ignore[arg-type, list-item]
+        answers = self.decode(self.read(prepared, timings=timings), **generate_kwargs)
+        return answers if batch or len(answers) > 1 else answers[0]
+
+    def prepare(
+        self,
+        conversations: Sequence[Conversation],
+        sharers: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        timings: Timings | None = None,
+    ) -> Inputs:
+        """Render, tokenise and align a batch."""
+        timings = timings or Timings()
+        speaking = self._speaking(sharers, len(conversations))
+        rows = [
+            inputs.row(messages, self.receiver, self.sharers, self.fusers, who, timings)
+            for messages, who in zip(conversations, speaking, strict=True)
+        ]
+        return inputs.collate(rows, self.fusers, pad_id(self.receiver), [pad_id(lm) for lm in self.sharers])
+
+    @torch.no_grad()
+    def read(self, prepared: Inputs, *, resume: Prefill | None = None, timings: Timings | None = None) -> Prefill:
+        """Prefill every model and fuse. With `resume`, whatever its caches hold already is not read again."""
+        timings = timings or Timings()
+        cache = resume.cache if resume else kv.new_cache()
+        sharer_caches = resume.sharer_caches if resume else [kv.new_cache() for _ in self.sharers]
+        for lm, theirs, part in zip(self.sharers, sharer_caches, prepared.sharers, strict=True):
+            if part is not None:
+                with clock(timings, "sharer_prefill", lm.device):
+                    read = kv.length(theirs)
+                    kv.prefill(lm.model, part.ids[:, read:].to(lm.device), part.mask.to(lm.device), theirs)
+        ids, mask = prepared.ids.to(self.receiver.device), prepared.mask.to(self.receiver.device)
+        for stop in _stops(prepared, kv.length(cache)):
+            with clock(timings, "receiver_prefill", self.receiver.device):
+                kv.prefill(self.receiver.model, ids[:, kv.length(cache) : stop], mask[:, :stop], cache)
+            with clock(timings, "fuse", self.receiver.device):
+                self.fuse(cache, mask, stop, prepared, sharer_caches)
+        return Prefill(prepared, cache, sharer_caches, timings)
+
+    def fuse(
+        self,
+        cache: DynamicCache,
+        mask: torch.Tensor,
+        stop: int,
+        prepared: Inputs,
+        sharer_caches: Sequence[DynamicCache],
+    ) -> None:
+        """Gather, project, weigh, gate and add: rewrite the receiver's cache in the columns that are due now."""
+        heard = [
+            (fuser, theirs, part)
+            for fuser, theirs, part in zip(self.fusers, sharer_caches, prepared.sharers, strict=True)
+            if part is not None and fuser.speaks()
+        ]
+        if not heard:
+            return
+        columns = torch.stack([part.due == stop for *_, part in heard]).any(0).any(0).nonzero().squeeze(-1)  # (P,)
+        if not len(columns):
+            return
+        device = self.receiver.device
+        at = columns.expand(len(mask), -1).to(device)  # (B, P)
+        own = kv.gather(cache, at)
+        speakers = [_speaker(fuser, theirs, part, columns, stop, device) for fuser, theirs, part in heard]
+        fused = fused_kv(own, kv.position_ids(mask).gather(1, at), speakers, self.mode)
+        kv.scatter(cache, at, torch.stack([speaker.mask for speaker in speakers]).any(0), fused)
+
+    @torch.no_grad()
+    def decode(self, prefill: Prefill, **generate_kwargs: Any) -> list[Generation]:
+        """Let the receiver answer from a fused cache, which is extended by what it writes."""
+        model, tokenizer = self.receiver.model, self.receiver.tokenizer
+        ids, mask = prefill.ids.to(model.device), prefill.mask.to(model.device)
+        options, expand = generation_options(self.receiver, ids.shape[1], generate_kwargs)
+        kv.repeat_rows(prefill.cache, expand)
+        with clock(prefill.timings, "decode", model.device):
+            raw = model.generate(ids, attention_mask=mask, past_key_values=prefill.cache, **options)  # type: ignore[operator]
+        sequences = raw if isinstance(raw, torch.Tensor) else raw.sequences
+        answers = []
+        for i, new in enumerate(sequences[:, ids.shape[1] :].tolist()):
+            new = _until_end(new, options["eos_token_id"])
+            row = i * len(ids) // len(sequences)
+            read = [int(part.mask[row].sum()) for part in prefill.inputs.sharers if part is not None]
+            counts = TokenCounts(int(mask[row].sum()), tuple(read), len(new))
+            answers.append(
+                Generation(tokenizer.decode(new, skip_special_tokens=True), new, counts, prefill.timings, raw)
+            )
+        return answers
+
+    # --- other doors to the same path ---------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        conversations: Conversation | Sequence[Conversation] | None = None,
+        *,
+        sharers: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        receiver_ids: torch.Tensor | None = None,
+        sharer_ids: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+        **ids_kwargs: Any,
+    ) -> Prefill:
+        """Read and fuse without answering: from conversations, or from token ids.
+
+        Args:
+            receiver_ids: (B, N), instead of conversations.
+            sharer_ids: (B, M) per sharer; the receiver's ids by default.
+            ids_kwargs: `receiver_mask`, `sharer_masks`, `alignments`, `spans`: see `inputs.from_ids`.
+        """
+        if (conversations is None) == (receiver_ids is None):
+            raise TypeError("prefill() takes either conversations or receiver_ids")
+        if receiver_ids is None:
+            if ids_kwargs or sharer_ids is not None:
+                raise TypeError(f"with conversations, {', '.join(['sharer_ids', *ids_kwargs])} cannot be given")
+            timings = Timings()
+            batch = conversations if is_batch(conversations) else [conversations]  # type: ignore[arg-type]
+            return self.read(self.prepare(batch, sharers, timings), timings=timings)  # type: ignore[arg-type]
+        if sharer_ids is None:
+            sharer_ids = [receiver_ids] * len(self.sharers)
+        elif isinstance(sharer_ids, torch.Tensor):
+            sharer_ids = [sharer_ids]
+        if sharers is not None:
+            (who,) = self._speaking(sharers, 1)
+            sharer_ids = [ids if i in who else None for i, ids in enumerate(sharer_ids)]
+        return self.read(inputs.from_ids(receiver_ids, sharer_ids, self.fusers, **ids_kwargs))
+
+    def stream(
+        self, conversation: Conversation, *, sharers: Sequence[int] | None = None, **generate_kwargs: Any
+    ) -> Generator[str, None, Generation]:
+        """Answer one conversation, piece by piece; the generator's return value is the whole `Generation`."""
+        from cache2cache.streaming import stream
+
+        timings = Timings()
+        prefill = self.read(self.prepare([conversation], sharers, timings), timings=timings)
+        return (yield from stream(self, prefill, **generate_kwargs))
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A conversation that keeps its fused cache between turns."""
+        from cache2cache.chat import Chat
+
+        return Chat(self, [] if system is None else [Message(role="system", content=system)])
+
+    def _speaking(self, sharers: Sequence[int] | Sequence[Sequence[int]] | None, rows: int) -> list[list[int]]:
+        """Who speaks in each row."""
+        everyone = list(range(len(self.sharers)))
+        if sharers is None:
+            return [everyone] * rows
+        per_row = [list(s) for s in sharers] if any(not isinstance(s, int) for s in sharers) else [list(sharers)] * rows  # type: ignore[arg-type]
+        if len(per_row) != rows or any(i not in everyone for who in per_row for i in who):
+            raise FuserMismatchError(
+                "sharers must be indices, for all conversations or one list per conversation",
+                got=sharers, allowed=f"indices {everyone}, {rows} lists",
+            )  # fmt: skip
+        return [sorted(set(who)) for who in per_row]  # type: ignore[arg-type]
+
+
+def _language_model(model: Model) -> LanguageModel:
+    return model if isinstance(model, LanguageModel) else LanguageModel.wrap(*model)
+
+
+def _check(pair: C2C) -> None:
+    if len(pair.sharers) != len(pair.fusers):
+        raise FuserMismatchError("one fuser per sharer is needed", got=f"{len(pair.fusers)} for {len(pair.sharers)}")
+    if pair.mode not in ("parallel", "sequential"):
+        raise FuserMismatchError("unknown fusion mode", got=pair.mode, allowed="parallel, sequential")
+    for sharer, fuser in zip(pair.sharers, pair.fusers, strict=True):
+        fuser.check_pair(pair.receiver.card, sharer.card)
+    templates = {fuser.config.receiver_template for fuser in pair.fusers}
+    if len(templates) > 1:
+        raise FuserMismatchError("the fusers were trained with different receiver templates", got=templates)
+
+
+def _stops(prepared: Inputs, read: int) -> list[int]:
+    """Where the receiver pauses to be fused, after the columns read already; the prompt's last token stays unread."""
+    last = prepared.ids.shape[1] - 1
+    due = {int(c) for part in prepared.sharers if part is not None for c in part.due.unique()}
+    return sorted({c for c in due if read < c < last} | ({last} if last > read else set()))
+
+
+def _speaker(
+    fuser: Fuser, cache: DynamicCache, part: SharerInputs, columns: torch.Tensor, stop: int, device
+) -> Speaker:
+    at = part.alignment[:, columns]  # (B, P)
+    theirs = kv.gather(cache, at.to(cache.layers[0].keys.device), fuser.config.layer_map)
+    positions = kv.position_ids(part.mask).gather(1, at)
+    return Speaker(fuser, theirs.to(device), positions.to(device), (part.due[:, columns] == stop).to(device))
+
+
+def generation_options(lm: LanguageModel, prompt: int, kwargs: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """`generate`'s arguments completed, and how many rows it makes of each.
+
+    Raises:
+        ContextLengthError: prompt and max_new_tokens are longer than the context.
+    """
+    options = dict(kwargs)
+    config = options.get("generation_config") or lm.model.generation_config
+
+    def chosen(name: str) -> Any:
+        return options.get(name, getattr(config, name, None))
+
+    if chosen("max_new_tokens") is None and options.get("max_length") is None:
+        options["max_new_tokens"] = DEFAULT_NEW_TOKENS
+    if chosen("pad_token_id") is None:
+        options["pad_token_id"] = pad_id(lm)
+    if chosen("stop_strings"):
+        options.setdefault("tokenizer", lm.tokenizer)
+    options.setdefault("eos_token_id", chosen("eos_token_id"))
+    inputs.check_length(lm, prompt, chosen("max_new_tokens") or max(chosen("max_length") - prompt, 0))
+    return options, max(chosen("num_beams") or 1, chosen("num_return_sequences") or 1)
+
+
+def pad_id(lm: LanguageModel) -> int:
+    """A token to pad with: the tokenizer's, or its end of sequence."""
+    tokenizer = lm.tokenizer
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)  # type: ignore[return-value]
+
+
+def _until_end(ids: list[int], end: int | Sequence[int] | None) -> list[int]:
+    ends = {end} if isinstance(end, int) else set(end or ())
+    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+
+
+def is_batch(conversations: Any) -> bool:
+    """Whether this is a list of conversations rather than one."""
+    return isinstance(conversations, Sequence) and len(conversations) > 0 and isinstance(conversations[0], Sequence)

@@ -1,0 +1,252 @@
+"""From messages to one side's rendering: text, token ids, and where each message's content lies.
+
+The ranges come from the template itself: the conversation is rendered a second time with two sentinel
+characters around each content. Searching the text for the content would go wrong as soon as a message
+repeats another one, is empty, or also occurs in the template.
+
+Knows nothing about models or about the other side of the pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+
+from cache2cache.errors import ConversationError, ModelError, TemplateError
+from cache2cache.types import Conversation, Message, Rendering
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant")
+
+_BOS = "{% if adds_bos %}{{ bos_token }}{% endif %}"
+
+TEMPLATES: Mapping[str, str] = MappingProxyType(
+    {
+        # For models that have no chat template of their own.
+        #   System: …⏎⏎User: …⏎⏎Assistant: …⏎⏎User: …⏎⏎Assistant:
+        "plain": _BOS
+        + "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+        + "{{ message['role'] | capitalize + ': ' + message['content'] }}{% endfor %}"
+        + "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}",
+        # For models that complete text better than they chat.
+        #   …⏎⏎…⏎⏎Answer: …⏎⏎…⏎⏎Answer:
+        "completion": _BOS
+        + "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+        + "{{ ('Answer: ' if message['role'] == 'assistant' else '') + message['content'] }}{% endfor %}"
+        + "{% if add_generation_prompt %}{{ '\n\nAnswer:' }}{% endif %}",
+    }
+)
+"""Templates that any model can be given by name, as Jinja text; line breaks are shown as ⏎ above."""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Conversation,
+    *,
+    template: str | None = None,
+    add_generation_prompt: bool = True,
+    outer_space: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> Rendering:
+    """Render and tokenise a conversation as one side reads it.
+
+    Args:
+        template: None for the model's own chat template ("plain" if it has none), a name of TEMPLATES, or Jinja text.
+        add_generation_prompt: end with what makes the model answer.
+        outer_space: let the ranges include the outer white space of a content where the template keeps it.
+        variables: what the template may ask for beyond the messages, such as `enable_thinking`.
+
+    Raises:
+        ConversationError: no conversation at all, see `check`.
+        TemplateError: an unknown name, or a template that does not compile or refuses this conversation.
+        ModelError: the tokenizer cannot tell the characters of its tokens.
+    """
+    check(messages)
+    writer = _Writer(tokenizer, resolve(tokenizer, template), add_generation_prompt, dict(variables or {}))
+    text = writer(messages)
+    return tokenise(tokenizer, text, content_ranges(writer, messages, text, outer_space))
+
+
+def check(messages: Conversation) -> None:
+    """Raise ConversationError unless `messages` is a non-empty list of dicts with a known role and text as content.
+
+    The last message may be the assistant's, as in training rows.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ConversationError(
+            "a conversation must be a list of messages",
+            got=type(messages).__name__,
+            allowed='[{"role": "user", "content": "…"}, …]',
+        )
+    if not messages:
+        raise ConversationError("the conversation is empty", hint="Give at least one message")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ConversationError(
+                f"message {index} is not a dict with role and content",
+                got=sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__,
+            )
+        if message["role"] not in ROLES:
+            raise ConversationError(f"message {index} has an unknown role", got=repr(message["role"]), allowed=ROLES)
+        if not isinstance(message["content"], str):
+            raise ConversationError(
+                f"the content of message {index} is not text", got=type(message["content"]).__name__, allowed="str"
+            )
+
+
+def resolve(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:
+    """Jinja text of a template given by name or text; None means that the tokenizer's own is to be used."""
+    if template is None:
+        return None if tokenizer.chat_template else TEMPLATES["plain"]
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    if "{{" in template or "{%" in template:
+        return template
+    raise TemplateError(
+        "unknown template", got=repr(template), allowed=sorted(TEMPLATES), hint="Jinja text is accepted as well"
+    )
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, ranges: Sequence[tuple[int, int]]) -> Rendering:
+    """Tokenise rendered text. The template has written the special tokens already, so none are added."""
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "this tokenizer cannot tell which characters its tokens cover",
+            got=type(tokenizer).__name__,
+            allowed="a fast tokenizer (tokenizer.json)",
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    ids = np.array(encoded["input_ids"], dtype=np.int64)
+    return Rendering(text, ids, offsets[:, 0].copy(), offsets[:, 1].copy(), tuple(ranges))
+
+
+class _Writer:
+    """Renders messages with one template: messages → text."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None,
+        add_generation_prompt: bool,
+        variables: dict[str, Any],
+    ):
+        self.tokenizer = tokenizer
+        self.options = {
+            "adds_bos": _adds_bos(tokenizer),
+            **variables,
+            "chat_template": template,
+            "add_generation_prompt": add_generation_prompt,
+        }
+
+    def __call__(self, messages: Conversation) -> str:
+        try:
+            # Copies, because a template gets the very dicts and must not be able to change the caller's.
+            turns = [dict(message) for message in messages]
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, **self.options)
+        # A template is a program: besides refusing, it may fail in any way in which an expression can.
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise TemplateError(
+                "the chat template refuses this conversation",
+                got=f"roles {[message['role'] for message in messages]} → {type(error).__name__}: {error}",
+                hint='Change the messages, or give another template, such as "plain"',
+            ) from error
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model is used to text that begins with the tokenizer's beginning-of-sequence token."""
+    if tokenizer.bos_token_id is None:
+        return False
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def content_ranges(
+    writer: _Writer, messages: Conversation, text: str, outer_space: bool = False
+) -> tuple[tuple[int, int], ...]:
+    """Character range in `text` of each message's content, ordered and disjoint."""
+    cores = [message["content"] if outer_space else message["content"].strip() for message in messages]
+    marks = _unused(text, messages)
+    return _marked_ranges(writer, messages, cores, text, marks) or _probed_ranges(
+        writer, messages, cores, text, marks[0]
+    )
+
+
+def _unused(text: str, messages: Conversation) -> tuple[str, str]:
+    """Two private-use characters that occur neither in the text nor in any content."""
+    used = set(text).union(*(message["content"] for message in messages))
+    first, second, *_ = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+    return first, second
+
+
+def _marked_ranges(
+    writer: _Writer, messages: Conversation, cores: Sequence[str], text: str, marks: tuple[str, str]
+) -> tuple[tuple[int, int], ...] | None:
+    """Ranges from one rendering with sentinels around every core; None if the sentinels changed the rendering."""
+    left, right = marks
+    try:
+        marked = writer(
+            [_swap(message, core, left + core + right) for message, core in zip(messages, cores, strict=True)]
+        )
+    except TemplateError:
+        return None
+    if marked.replace(left, "").replace(right, "") != text:
+        return None
+    places = [index for index, character in enumerate(marked) if character in marks]
+    if "".join(marked[index] for index in places) != (left + right) * len(messages):
+        return None
+    # Each sentinel stands behind as many removed characters as there are sentinels before it.
+    bounds = [index - before for before, index in enumerate(places)]
+    return tuple(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+def _swap(message: Message, core: str, other: str) -> Message:
+    """The message with another core; white space that is not in the core stays, because some templates trim."""
+    before, _, after = message["content"].partition(core) if core else (message["content"], "", "")
+    return Message(role=message["role"], content=before + other + after)
+
+
+def _probed_ranges(
+    writer: _Writer, messages: Conversation, cores: Sequence[str], text: str, mark: str
+) -> tuple[tuple[int, int], ...]:
+    """Ranges from one rendering per message, for templates that rewrite, repeat, drop or inspect contents."""
+    ranges, floor = [], 0
+    for index, (message, core) in enumerate(zip(messages, cores, strict=True)):
+        # As long as the core, because some templates count characters.
+        probe = [*messages[:index], _swap(message, core, mark * max(1, len(core))), *messages[index + 1 :]]
+        try:
+            start, end = _probe(text, writer(probe), mark, core)
+        except TemplateError as error:
+            raise TemplateError(
+                f"the chat template inspects message {index}, so the place of its content cannot be found",
+                got=error.got,
+                hint='Give another template, such as "plain"',
+            ) from error
+        # A template that moves a message away from its place gets an empty range there.
+        start = max(start, floor)
+        floor = max(start, end)
+        ranges.append((start, floor))
+    return tuple(ranges)
+
+
+def _probe(text: str, probed: str, mark: str, core: str) -> tuple[int, int]:
+    """Where in `text` lies what stands in the place of the marks in `probed`."""
+    if mark not in probed:  # the template drops this message
+        return 0, 0
+    before, after = probed[: probed.index(mark)], probed[probed.rindex(mark) + 1 :]
+    start = _common_prefix(text, before)
+    if text.startswith(core, start):
+        return start, start + len(core)
+    return start, max(start, len(text) - _common_prefix(text[::-1], after[::-1]))
+
+
+def _common_prefix(text: str, other: str) -> int:
+    """Number of leading characters that two texts share."""
+    if text.startswith(other):
+        return len(other)
+    return next((index for index, pair in enumerate(zip(text, other, strict=False)) if pair[0] != pair[1]), len(text))
