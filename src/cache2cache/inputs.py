@@ -75,8 +75,13 @@ def row(
     fusers: Sequence[Fuser],
     speaking: Sequence[int],
     timings: Timings,
+    template: str | None = None,
 ) -> Row:
     """Render, tokenise and align one conversation.
+
+    Args:
+        speaking: indices of the sharers that speak.
+        template: the receiver's, see `text.chat.render`.
 
     Raises:
         ConversationError, TemplateError: the conversation cannot be rendered.
@@ -84,7 +89,6 @@ def row(
         ContextLengthError: the prompt is longer than a model's context.
     """
     with clock(timings, "tokenise"):
-        template = fusers[0].config.receiver_template if fusers else None
         own = render(receiver.tokenizer, messages, template=template)
         theirs = {
             i: render(sharers[i].tokenizer, messages, template=fusers[i].config.sharer_template)

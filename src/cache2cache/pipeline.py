@@ -61,6 +61,8 @@ class C2C:
         sharers: the models that it listens to.
         fusers: one per sharer.
         mode: how several sharers are combined, "parallel" or "sequential".
+        template: how the receiver's prompts are rendered: a name, Jinja text, or None for its own chat template. Only
+            without fusers: with them it is what they were trained with.
 
     Raises:
         FuserMismatchError: a fuser that was trained for another pair, or not one fuser per sharer.
@@ -73,11 +75,13 @@ class C2C:
         sharers: Sequence[Model] = (),
         fusers: Sequence[Fuser] = (),
         mode: FusionMode = "parallel",
+        template: str | None = None,
     ):
         self.receiver = _language_model(receiver)
         self.sharers = [_language_model(sharer) for sharer in sharers]
         self.fusers = [fuser.to(self.receiver.device).eval() for fuser in fusers]
         self.mode = mode
+        self.template = self.fusers[0].config.receiver_template if self.fusers else template
         _check(self)
 
     @classmethod
@@ -147,7 +151,7 @@ class C2C:
         timings = timings or Timings()
         speaking = self._speaking(sharers, len(conversations))
         rows = [
-            inputs.row(messages, self.receiver, self.sharers, self.fusers, who, timings)
+            inputs.row(messages, self.receiver, self.sharers, self.fusers, who, timings, self.template)
             for messages, who in zip(conversations, speaking, strict=True)
         ]
         return inputs.collate(rows, self.fusers, pad_id(self.receiver), [pad_id(lm) for lm in self.sharers])

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cache2cache import __version__
-from cache2cache.cli import chat, doctor, generate
+from cache2cache.cli import chat, doctor, fuser, generate
 from cache2cache.cli.console import EXIT_CODES, Program
 
 app = typer.Typer(cls=Program, no_args_is_help=True, epilog=EXIT_CODES, rich_markup_mode="rich")
@@ -37,6 +37,7 @@ def c2c(
 
 app.command()(generate.generate)
 app.command()(chat.chat)
+app.add_typer(fuser.app, name="fuser")
 app.command()(doctor.doctor)
 
 

@@ -6,7 +6,6 @@ import json as jsonlib
 import os
 import platform
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +53,8 @@ def examine() -> dict[str, Any]:
 
 
 def _versions(problems: list[str]) -> dict[str, str | None]:
+    from importlib import metadata
+
     versions: dict[str, str | None] = {
         "cache2cache": __version__,
         "python": platform.python_version(),
@@ -116,6 +117,8 @@ def size_of(folder: Path) -> int:
 
 
 def _extras(problems: list[str]) -> dict[str, Any]:
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
     try:
@@ -126,13 +129,15 @@ def _extras(problems: list[str]) -> dict[str, Any]:
     wanted = [Requirement(line) for line in lines]
     extras = {}
     for name, offer in OFFERS.items():
-        needs = [r for r in wanted if r.marker and r.marker.evaluate({"extra": name}) and not r.marker.evaluate({"extra": ""})]
-        missing = [str(r).split(";")[0].strip() for r in needs if not _satisfied(r.name, r.specifier)]
+        needs = [r for r in wanted if r.marker and r.marker.evaluate({"extra": name})]
+        missing = [f"{r.name}{r.specifier}" for r in needs if not _satisfied(r.name, r.specifier)]
         extras[name] = {"offers": offer, "missing": missing, "install": f"pip install 'cache2cache[{name}]'"}
     return extras
 
 
 def _satisfied(name: str, specifier: Any) -> bool:
+    from importlib import metadata
+
     try:
         return specifier.contains(metadata.version(name), prereleases=True)
     except metadata.PackageNotFoundError:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cache2cache.cli import answer as show
 from cache2cache.cli import pair as options
-from cache2cache.types import Message
+
+if TYPE_CHECKING:
+    from cache2cache.types import Message
 
 
 def generate(
@@ -44,9 +46,9 @@ def generate(
         raise typer.BadParameter("--stream and --json cannot go together")
     if stream and num_beams > 1:
         raise typer.BadParameter("beam search cannot be streamed: leave out --stream or --num-beams")
-    messages = [Message(role="user", content=read_prompt(prompt))]
+    messages: list[Message] = [{"role": "user", "content": read_prompt(prompt)}]
     if system is not None:
-        messages.insert(0, Message(role="system", content=system))
+        messages.insert(0, {"role": "system", "content": system})
     pair = options.load_pair(
         receiver,
         sharer,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cache2cache.errors import ModelError
 from cache2cache.models import kv
 from cache2cache.models.geometry import geometry
-from cache2cache.models.pull import resolve
+from cache2cache.models.pull import Source, resolve
 from cache2cache.types import ModelCard
 
 _PROBE_TEXT = "Caches speak: 2+2=4, naïve café — 缓存到缓存 🚀\n\tdef f(x):  return x"
@@ -106,6 +106,7 @@ def load(
     """Load a model by catalogue name, hub id or folder.
 
     Args:
+        name: `org/name@revision` also pins a hub id.
         revision: branch, tag or commit of a hub id.
         dtype: a torch dtype or its name; "auto" is the one the weights are stored in.
         trust_remote_code: run code that comes with a hub model. Off by default.
@@ -114,7 +115,7 @@ def load(
         UnknownModelError, DownloadError: see `cache2cache.models.pull.resolve`.
         ModelError: the files are damaged or the model cannot take part.
     """
-    source = resolve(str(name))
+    source, revision = _source(name, revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(dtype, str) and dtype != "auto":
         dtype = torch_dtype(dtype)
@@ -132,8 +133,14 @@ def load(
 
 def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """A model's config without its weights."""
-    source = resolve(str(name))
+    source, revision = _source(name, revision)
     return AutoConfig.from_pretrained(source.location, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _source(name: str | Path, revision: str | None) -> tuple[Source, str | None]:
+    if revision is None and "@" in str(name) and not Path(name).exists():
+        name, _, revision = str(name).rpartition("@")
+    return resolve(str(name)), revision
 
 
 def torch_dtype(name: str) -> torch.dtype:

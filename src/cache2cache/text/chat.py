@@ -180,8 +180,8 @@ def content_ranges(
 def _unused(text: str, messages: Conversation) -> tuple[str, str]:
     """Two private-use characters that occur neither in the text nor in any content."""
     used = set(text).union(*(message["content"] for message in messages))
-    first, second, *_ = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
-    return first, second
+    spare = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+    return next(spare), next(spare)
 
 
 def _marked_ranges(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,8 +39,6 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         DataError: a row of another form.
     """
-    import json
-
     first = next(iter(lines(path)), None)
     if first is None:
         raise DataError(f"{path} has no rows")
@@ -93,7 +92,9 @@ class FeatureDataset(Dataset):
     ):
         (self.sharer,) = pair.sharers
         timings = Timings()
-        self.rows = [inputs.row(e.messages, pair.receiver, pair.sharers, pair.fusers, [0], timings) for e in examples]
+        self.rows = [
+            inputs.row(e.messages, pair.receiver, pair.sharers, pair.fusers, [0], timings, pair.template) for e in examples
+        ]
         self.responses = [response_ids(pair.receiver, e.response) for e in examples]
         self.stores = receiver_store, sharer_store
         receiver_store.compute(pair.receiver, [row.ids[:-1] for row in self.rows])

@@ -1,4 +1,4 @@
-"""Small tokenizers of three kinds, the chat templates that are hard on ranges, and conversations that are hard on both."""
+"""Small tokenizers of several kinds, chat templates that are hard on ranges, conversations that are hard on both."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ CONTENTS = {
     "cjk": ["缓存到缓存：让两个大语言模型", "北京是中国的首都。", "日本語テスト"],
     "combining": ["e\u0301a\u0300\u0301", "\u0301start", "हिन्दी ภาษาไทย"],
     "rtl": ["العربية שלום", "\u202bשלום\u202c", "مرحبا world"],
-    "sentinels": ["\ue000\ue001", "\ue000", "\ue001\ue000"],
+    "sentinels": ["\U000f0000\U000f0001", "\U000f0000", "\U000f0001\U000f0000"],
     "jinja": ["{{ 1 }}", "{% raw %}", "{# no #}"],
     "thoughts": ["think", "<think>\nhm\n</think>\n\nyes", "why?"],
 }
@@ -115,7 +115,7 @@ CONVERSATIONS = {name: conversation(contents) for name, contents in CONTENTS.ite
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 CORPUS = [
     "What is the capital of France? You are a helpful assistant user system model\nuser\nassistant\nthe answer is\n\n",
-    "🚀👩\u200d👩\u200d👧\u200d👦 缓存到缓存 北京 العربية שלום हिन्दी ภาษาไทย e\u0301 padded with spaces\n\n User: Answer:",
+    "🚀👩\u200d👩\u200d👧\u200d👦 缓存到缓存 北京 العربية שלום हिन्दी ภาษาไทย e\u0301 padded with spaces\n\n User:",
 ] * 4
 
 

@@ -194,5 +194,5 @@ class TestErrors:
 
     def test_template_inspects_the_content(self, tokenizers):
         picky = "{% if messages[0].content != 'yes' %}{{ raise_exception('say yes') }}{% endif %}{{ 'no' }}"
-        with pytest.raises(TemplateError, match="inspects message 0, so the place of its content .*say yes"):
+        with pytest.raises(TemplateError, match=r"inspects message 0, so the place of its content .*say yes"):
             render(tokenizers["bpe"], talk("yes"), template=picky)

@@ -1,0 +1,59 @@
+"""`c2c pull`: fetch models, or list those that have a short name."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def pull(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Catalogue names or hub ids.", metavar="NAME...", show_default=False)
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show the catalogue and what is there already.")] = False,
+) -> None:
+    """Fetch models, verify them and make them ready to load."""
+    from cache2cache.models.pull import look_up
+    from cache2cache.models.pull import pull as pull_model
+
+    if show:
+        _print_catalogue()
+    elif not names:
+        raise typer.BadParameter("give at least one model, or --list", param_hint="NAME...")
+    for name in names or []:
+        look_up(name)  # a misspelt name is told before anything is fetched
+    for name in names or []:
+        folder = pull_model(name)
+        typer.echo(f"{name}: {folder}{_licence(name)}")
+
+
+def _licence(name: str) -> str:
+    from cache2cache.models.catalogue import find
+
+    model = find(name)
+    return f"\n  licence: {model.licence}, {model.licence_url}" if model else ""
+
+
+def _print_catalogue() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cache2cache.models.catalogue import MODELS
+    from cache2cache.models.pull import home, ready
+
+    table = Table(title=f"Models by name (kept in {home() / 'models'})", title_justify="left")
+    for column in ("name", "model", "licence", "from"):
+        table.add_column(column)
+    for column in ("download", "on disk", "ready"):
+        table.add_column(column, justify="right")
+    for model in MODELS.values():
+        sizes = (_size(model.weights.download), _size(model.weights.converted)) if model.weights else ("", "")
+        origin = "package index" if model.weights else "hub"
+        there = "yes" if model.weights and ready(model) else "no" if model.weights else "by the hub's cache"
+        table.add_row(model.name, model.hub_id, model.licence, origin, *sizes, there)
+    Console().print(table)
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"

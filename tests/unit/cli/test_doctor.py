@@ -1,0 +1,45 @@
+import builtins
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cache2cache.cli import app, doctor
+
+
+def test_json(monkeypatch: pytest.MonkeyPatch):
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["problems"] == []
+    assert set(report["versions"]) >= {"cache2cache", "python", "torch", "transformers"}
+    assert report["devices"]["cpu"]["threads"] >= 1
+    assert report["cache"]["free_bytes"] > 0
+    assert set(report["extras"]) == set(doctor.OFFERS)
+
+
+def test_text_names_every_section():
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0, result.output
+    for word in ("cache2cache", "torch", "cpu", "cache", *doctor.OFFERS):
+        assert word in result.stdout
+
+
+def test_broken_torch_is_a_finding(monkeypatch: pytest.MonkeyPatch):
+    real = builtins.__import__
+
+    def broken(name: str, *args: Any, **kwargs: Any):
+        if name == "torch":
+            raise OSError("libtorch.so: cannot open shared object file")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert "torch cannot be imported: OSError: libtorch.so" in result.output
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (98_362_432, "98 MB"), (3.1e9, "3.1 GB"), (2e12, "2.0 TB")])
+def test_sizes_for_people(size: float, text: str):
+    assert doctor.human(size) == text

@@ -1,0 +1,300 @@
+"""The request path on tiny random models: every way in, every option of generate, nothing depends on the batch."""
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+
+from cache2cache import C2C
+from cache2cache.models import kv
+from cache2cache.testing import FAMILIES, random_fuser, tiny_model, tiny_pair
+from cache2cache.types import Span
+
+TEXTS = ("hi", "what is the capital of France?", "hello world " * 7, "缓存 🚀", "", "a\n\nb", "  spaced  ", "one two three")
+CONVERSATIONS = [[{"role": "user", "content": text}] for text in TEXTS]
+GREEDY = {"do_sample": False, "max_new_tokens": 10}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return tiny_pair()
+
+
+@pytest.fixture(scope="module")
+def pair(models):
+    receiver, sharer = models
+    return C2C(receiver, [sharer], [random_fuser(receiver, sharer)])
+
+
+@pytest.fixture(scope="module")
+def trio():
+    receiver, first = tiny_pair()
+    second = tiny_model("qwen2", seed=5, name="second-sharer")
+    return C2C(receiver, [first, second], [random_fuser(receiver, first), random_fuser(receiver, second, seed=2)])
+
+
+def ids(generations):
+    return [g.ids for g in generations]
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharers", [None, []], ids=["c2c", "receiver alone"])
+def test_every_row_of_a_batch_gets_what_it_gets_alone(pair, sharers):
+    alone = [pair.generate(c, sharers=sharers, **GREEDY).ids for c in CONVERSATIONS]
+    assert ids(pair.generate(CONVERSATIONS, sharers=sharers, **GREEDY)) == alone
+
+
+def test_the_sharer_alone_is_batch_invariant_too(models):
+    alone = C2C(models[1], template="completion")
+    expected = [alone.generate(c, **GREEDY).ids for c in CONVERSATIONS]
+    assert ids(alone.generate(CONVERSATIONS, **GREEDY)) == expected
+
+
+def test_fused_caches_do_not_depend_on_padding(pair):
+    batch = pair.prefill(CONVERSATIONS[:3])
+    for b, conversation in enumerate(CONVERSATIONS[:3]):
+        alone = pair.prefill(conversation)
+        size = kv.length(alone.cache)
+        padded = kv.stack(batch.cache)[:, :, b : b + 1, :, -size:]
+        torch.testing.assert_close(padded, kv.stack(alone.cache), rtol=1e-4, atol=1e-5)
+
+
+def test_the_sharer_changes_the_answer(pair):
+    assert ids(pair.generate(CONVERSATIONS, **GREEDY)) != ids(pair.generate(CONVERSATIONS, sharers=[], **GREEDY))
+
+
+# --- the receiver alone -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["compact", "paper"])
+def test_a_closed_fuser_is_the_receiver_alone_bit_for_bit(models, kind):
+    receiver, sharer = models
+    closed = C2C(receiver, [sharer], [random_fuser(receiver, sharer, kind, open_gates=False)])
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    for conversation in CONVERSATIONS[:4]:
+        fused, alone = (closed.generate(conversation, sharers=who, **options) for who in (None, []))
+        assert fused.ids == alone.ids
+        assert all(torch.equal(a, b) for a, b in zip(fused.raw.logits, alone.raw.logits, strict=True))
+
+
+def test_the_receiver_alone_is_what_transformers_generates(pair):
+    receiver = pair.receiver
+    for conversation in CONVERSATIONS[:4]:
+        prompt = receiver.tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        expected = receiver.model.generate(**prompt, **GREEDY)[0, prompt["input_ids"].shape[1] :].tolist()
+        assert pair.generate(conversation, sharers=[], **GREEDY).ids == expected
+
+
+# --- what generate offers -----------------------------------------------------------------------------------------
+
+
+def test_beams_and_several_answers(pair):
+    options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    alone = [answer for c in CONVERSATIONS[:3] for answer in ids(pair.generate(c, **options))]
+    batch = pair.generate(CONVERSATIONS[:3], **options)
+    assert ids(batch) == alone and len(batch) == 6
+    assert [g.counts.receiver_prompt for g in batch[::2]] == [g.counts.receiver_prompt for g in batch[1::2]]
+
+
+def test_sampling_follows_the_seed(pair):
+    def sample(seed):
+        torch.manual_seed(seed)
+        answers = pair.generate(
+            CONVERSATIONS[0], do_sample=True, temperature=1.5, num_return_sequences=4, max_new_tokens=8
+        )
+        return ids(answers)
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_stopping_criteria_logits_processors_and_stop_strings(pair):
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            forced = torch.full_like(scores, float("-inf"))
+            forced[:, ord("x") - ord("!")] = 0
+            return forced
+
+    forced = pair.generate(CONVERSATIONS[0], logits_processor=LogitsProcessorList([Only()]), **GREEDY)
+    assert len(set(forced.ids)) == 1
+    stopped = pair.generate(
+        CONVERSATIONS[0], logits_processor=LogitsProcessorList([Only()]), stop_strings=[forced.text[:3]], **GREEDY
+    )
+    assert stopped.text == forced.text[:3]
+
+
+def test_transformers_streamers_work(pair, capsys):
+    answer = pair.generate(
+        CONVERSATIONS[1],
+        streamer=TextStreamer(pair.receiver.tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **GREEDY,
+    )
+    assert answer.text.strip() in capsys.readouterr().out
+
+
+def test_streamed_pieces_make_up_the_answer(pair):
+    expected = pair.generate(CONVERSATIONS[1], **GREEDY)
+    stream = pair.stream(CONVERSATIONS[1], **GREEDY)
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            answer = end.value
+            break
+    assert answer.ids == expected.ids and "".join(pieces) == expected.text
+
+
+def test_an_error_while_streaming_reaches_the_reader(pair):
+    with pytest.raises(ValueError):
+        list(pair.stream(CONVERSATIONS[1], num_beams=2, max_new_tokens=2))
+
+
+def test_an_abandoned_stream_stops_decoding(pair):
+    stream = pair.stream(CONVERSATIONS[1], do_sample=False, max_new_tokens=400)
+    next(stream)
+    stream.close()
+
+
+def test_an_answer_tells_tokens_and_times(pair):
+    answer = pair.generate(CONVERSATIONS[1], **GREEDY)
+    assert answer.counts.generated == len(answer.ids) <= 10
+    assert answer.counts.receiver_prompt > 0 and len(answer.counts.sharer_prompt) == 1
+    stages = vars(answer.timings)
+    assert set(stages) == {"tokenise", "align", "sharer_prefill", "receiver_prefill", "fuse", "decode"}
+    assert all(seconds > 0 for seconds in stages.values())
+
+
+# --- token ids ----------------------------------------------------------------------------------------------------
+
+
+def test_from_ids_is_the_same_path(pair):
+    prepared = pair.prepare([CONVERSATIONS[1]])
+    part = prepared.sharers[0]
+    from_text = pair.prefill(CONVERSATIONS[1])
+    from_ids = pair.prefill(receiver_ids=prepared.ids, sharer_ids=part.ids, alignments=[part.alignment])
+    assert torch.equal(kv.stack(from_text.cache), kv.stack(from_ids.cache))
+
+
+def test_only_fused_spans_differ_from_the_clean_cache(pair):
+    prompt = torch.arange(12)[None]
+    clean = kv.stack(pair.prefill(receiver_ids=prompt, sharers=[]).cache)
+    fused = kv.stack(pair.prefill(receiver_ids=prompt, spans=[Span(0, 3, fuse=False), Span(3, 8)]).cache)
+    # In the first layer, since deeper ones see the fused positions before them.
+    changed = ((clean[:, 0] - fused[:, 0]).abs() > 1e-4).any(-1).flatten(0, 2).any(0)
+    assert changed.tolist() == [False] * 3 + [True] * 5 + [False] * 3
+
+
+def test_fuse_last_leaves_the_rest_alone(models):
+    receiver, sharer = models
+    last = C2C(receiver, [sharer], [random_fuser(receiver, sharer, fuse_last=4)])
+    clean = kv.stack(last.prefill(CONVERSATIONS[1], sharers=[]).cache)
+    fused = kv.stack(last.prefill(CONVERSATIONS[1]).cache)
+    changed = (clean != fused).any(-1).flatten(0, 3).any(0)
+    assert changed.tolist() == [False] * (len(changed) - 4) + [True] * 4
+
+
+# --- several sharers ----------------------------------------------------------------------------------------------
+
+
+def test_who_speaks_is_chosen_per_request_and_per_row(trio):
+    who = [[0], [1], [0, 1], []]
+    batch = ids(trio.generate(CONVERSATIONS[:4], sharers=who, **GREEDY))
+    assert batch == [trio.generate(c, sharers=w, **GREEDY).ids for c, w in zip(CONVERSATIONS, who, strict=False)]
+    one = [trio.generate(CONVERSATIONS[2], sharers=w, **GREEDY).ids for w in who]
+    assert len({tuple(answer) for answer in one}) == 4
+
+
+def test_parallel_adds_deltas_and_sequential_chains_them(trio):
+    caches = {}
+    for mode in ("parallel", "sequential"):
+        c2c = C2C(trio.receiver, trio.sharers, trio.fusers, mode=mode)
+        caches[mode] = kv.stack(c2c.prefill(CONVERSATIONS[1]).cache)
+    clean, first, second = (kv.stack(trio.prefill(CONVERSATIONS[1], sharers=w).cache) for w in ([], [0], [1]))
+    torch.testing.assert_close(caches["parallel"], first + second - clean, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(caches["parallel"], caches["sequential"], atol=1e-3)
+
+
+# --- chat ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_reads_only_what_is_new(pair, monkeypatch):
+    chat = pair.chat("be brief")
+    first = chat.send("hello", **GREEDY)
+    read = []
+    original = kv.prefill
+    monkeypatch.setattr(
+        "cache2cache.pipeline.kv.prefill",
+        lambda model, ids, *rest: read.append(ids.shape[1]) or original(model, ids, *rest),
+    )
+    answer = chat.send("and now?", **GREEDY)
+    sharer_read, receiver_read = read
+    assert receiver_read < answer.counts.receiver_prompt - first.counts.receiver_prompt
+    assert sharer_read <= answer.counts.sharer_prompt[0] - first.counts.sharer_prompt[0]
+    assert [m["role"] for m in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_the_first_turn_of_a_chat_is_a_plain_request(pair):
+    assert pair.chat().send(TEXTS[1], **GREEDY).ids == pair.generate(CONVERSATIONS[1], **GREEDY).ids
+
+
+def test_a_chat_with_a_closed_fuser_says_what_a_fresh_read_would(models):
+    """Nothing is fused, so keeping the cache must change nothing."""
+    receiver, sharer = models
+    closed = C2C(receiver, [sharer], [random_fuser(receiver, sharer, open_gates=False)])
+    chat = closed.chat()
+    for text in ("hello", "and now?", "go on"):
+        answer = chat.send(text, **GREEDY)
+        assert answer.ids == closed.generate(chat.messages[:-1], **GREEDY).ids
+    chat.reset()
+    assert chat.messages == []
+
+
+def test_a_streamed_turn_can_be_taken_back(pair):
+    chat = pair.chat()
+    chat.send("hello", **GREEDY)
+    before = list(chat.messages)
+    stream = chat.stream("go on", do_sample=False, max_new_tokens=400)
+    next(stream)
+    stream.close()
+    assert chat.messages == before
+    assert chat.send("go on", **GREEDY).ids
+
+
+# --- families -----------------------------------------------------------------------------------------------------
+
+ROTARY = sorted(set(FAMILIES) - {"gpt2"})
+
+
+@pytest.mark.parametrize("family", ROTARY)
+@pytest.mark.parametrize("kind", ["compact", "paper"])
+def test_any_decoder_with_a_per_token_cache_can_receive_and_share(family, kind):
+    model, other = tiny_model(family), tiny_model("llama" if family != "llama" else "qwen3", seed=1)
+    for receiver, sharer in ((model, other), (other, model)):
+        c2c = C2C(receiver, [sharer], [random_fuser(receiver, sharer, kind)])
+        alone = [c2c.generate(c, **GREEDY).ids for c in CONVERSATIONS[:3]]
+        assert ids(c2c.generate(CONVERSATIONS[:3], **GREEDY)) == alone
+        assert alone != ids(c2c.generate(CONVERSATIONS[:3], sharers=[], **GREEDY))
+
+
+def test_learned_positions_work_with_the_paper_fuser():
+    receiver, sharer = tiny_model("gpt2"), tiny_model("llama", seed=1)
+    c2c = C2C(receiver, [sharer], [random_fuser(receiver, sharer, "paper")])
+    alone = [c2c.generate(c, **GREEDY).ids for c in CONVERSATIONS[:3]]
+    assert ids(c2c.generate(CONVERSATIONS[:3], **GREEDY)) == alone
+
+
+def test_sliding_windows_forget_nothing_that_a_fuser_needs():
+    """Gemma 3's local layers see 16 positions; their caches must still hold every position of a longer prompt."""
+    gemma, other = tiny_model("gemma3"), tiny_model("llama", seed=1)
+    long = [{"role": "user", "content": "hello world " * 12}]
+    c2c = C2C(other, [gemma], [random_fuser(other, gemma)])
+    prefill = c2c.prefill(long)
+    sizes = {layer.keys.shape[2] for layer in prefill.sharer_caches[0].layers}
+    assert sizes == {prefill.inputs.sharers[0].ids.shape[1]}
+    alone = C2C(gemma)
+    prompt = gemma.tokenizer.apply_chat_template(long, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    expected = gemma.model.generate(**prompt, **GREEDY)[0, prompt["input_ids"].shape[1] :].tolist()
+    assert alone.generate(long, **GREEDY).ids == expected
