@@ -17,7 +17,7 @@ from cache2cache import inputs
 from cache2cache.errors import FuserMismatchError
 from cache2cache.fuser.base import Fuser
 from cache2cache.fuser.several import FusionMode, Speaker, fused_kv
-from cache2cache.inputs import Inputs, SharerInputs
+from cache2cache.inputs import Inputs, Row, SharerInputs
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel, load
 from cache2cache.types import Conversation, Generation, Message, Timings, TokenCounts, clock
@@ -147,14 +147,23 @@ class C2C:
         sharers: Sequence[int] | Sequence[Sequence[int]] | None = None,
         timings: Timings | None = None,
     ) -> Inputs:
-        """Render, tokenise and align a batch."""
+        """Render, tokenise, align and pad a batch."""
+        rows = self.rows(conversations, sharers, timings)
+        return inputs.collate(rows, self.fusers, pad_id(self.receiver), [pad_id(lm) for lm in self.sharers])
+
+    def rows(
+        self,
+        conversations: Sequence[Conversation],
+        sharers: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        timings: Timings | None = None,
+    ) -> list[Row]:
+        """Each conversation as every model will read it."""
         timings = timings or Timings()
         speaking = self._speaking(sharers, len(conversations))
-        rows = [
+        return [
             inputs.row(messages, self.receiver, self.sharers, self.fusers, who, timings, self.template)
             for messages, who in zip(conversations, speaking, strict=True)
         ]
-        return inputs.collate(rows, self.fusers, pad_id(self.receiver), [pad_id(lm) for lm in self.sharers])
 
     @torch.no_grad()
     def read(self, prepared: Inputs, *, resume: Prefill | None = None, timings: Timings | None = None) -> Prefill:

