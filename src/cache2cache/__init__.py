@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from cache2cache.chat import Chat
     from cache2cache.errors import C2CError
     from cache2cache.fuser.base import Fuser, FuserConfig
     from cache2cache.models.load import LanguageModel
-    from cache2cache.pipeline import C2C, Chat
+    from cache2cache.pipeline import C2C
 
 __all__ = ["C2C", "C2CError", "Chat", "Fuser", "FuserConfig", "LanguageModel", "__version__"]
 
 # Imported on use: `import cache2cache` and `c2c --help` must not wait for torch.
 _HOME = {
     "C2C": "pipeline",
-    "Chat": "pipeline",
+    "Chat": "chat",
     "C2CError": "errors",
     "Fuser": "fuser.base",
     "FuserConfig": "fuser.base",

@@ -48,7 +48,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
-    "qwen2": {**_GROUPED, "model_type": "qwen2", "num_hidden_layers": 4, "rope_parameters": {**_ROPE, "rope_theta": 1e6}},
+    "qwen2": {
+        **_GROUPED,
+        "model_type": "qwen2",
+        "num_hidden_layers": 4,
+        "rope_parameters": {**_ROPE, "rope_theta": 1e6},
+    },
     "qwen3": {**_GROUPED, "model_type": "qwen3", "num_hidden_layers": 2, "head_dim": 16, "rope_parameters": _ROPE},
     "gemma3": {
         **_GROUPED,
@@ -70,7 +75,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 512,
         "rope_parameters": _ROPE,
     },
-    "mistral": {**_GROUPED, "model_type": "mistral", "num_hidden_layers": 3, "sliding_window": 16, "rope_parameters": _ROPE},
+    "mistral": {
+        **_GROUPED,
+        "model_type": "mistral",
+        "num_hidden_layers": 3,
+        "sliding_window": 16,
+        "rope_parameters": _ROPE,
+    },
     "gpt_neox": {
         **_COMMON,
         "model_type": "gpt_neox",
@@ -126,7 +137,12 @@ def tiny_tokenizer(
 
 
 def tiny_model(
-    family: str, seed: int = 0, *, tokenizer: PreTrainedTokenizerFast | None = None, name: str | None = None, **config: Any
+    family: str,
+    seed: int = 0,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    name: str | None = None,
+    **config: Any,
 ) -> LanguageModel:
     """A random model of one of the `FAMILIES`, in float32.
 

@@ -33,7 +33,9 @@ def summary(pair: C2C, answer: Generation) -> str:
     read = " + ".join(map(str, (answer.counts.receiver_prompt, *answer.counts.sharer_prompt)))
     stages = {name: seconds for name, seconds in asdict(answer.timings).items() if seconds}
     spent = ", ".join(f"{name.replace('_', ' ')} {seconds:.2f}" for name, seconds in stages.items())
-    return f"{names(pair)} · read {read} tokens, wrote {answer.counts.generated} · {answer.timings.total:.2f} s: {spent}"
+    return (
+        f"{names(pair)} · read {read} tokens, wrote {answer.counts.generated} · {answer.timings.total:.2f} s: {spent}"
+    )
 
 
 def print_summary(pair: C2C, answer: Generation) -> None:

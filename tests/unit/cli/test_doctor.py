@@ -26,6 +26,20 @@ def test_text_names_every_section():
         assert word in result.stdout
 
 
+def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_satisfied", lambda name, specifier: name != "scipy")
+    said = " ".join(CliRunner().invoke(app, ["doctor"]).stdout.split())
+    assert "missing scipy>=" in said
+    assert "pip install 'cache2cache[eval]'" in said
+
+
+def test_cached_models_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setenv("C2C_HOME", str(tmp_path))
+    (tmp_path / "models" / "some-model").mkdir(parents=True)
+    (tmp_path / "models" / "some-model" / "model.safetensors").write_bytes(bytes(2_000_000))
+    assert "some-model 2 MB" in " ".join(CliRunner().invoke(app, ["doctor"]).stdout.split())
+
+
 def test_broken_torch_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     real = builtins.__import__
 
@@ -40,6 +54,8 @@ def test_broken_torch_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     assert "torch cannot be imported: OSError: libtorch.so" in result.output
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (98_362_432, "98 MB"), (3.1e9, "3.1 GB"), (2e12, "2.0 TB")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (98_362_432, "98 MB"), (3.1e9, "3.1 GB"), (2e12, "2.0 TB")]
+)
 def test_sizes_for_people(size: float, text: str):
     assert doctor.human(size) == text

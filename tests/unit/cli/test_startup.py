@@ -24,7 +24,9 @@ def test_imports_nothing_heavy(code: str):
 
 
 def test_module_and_script_are_the_same_program():
-    done = subprocess.run([sys.executable, "-m", "cache2cache", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "cache2cache", "--version"], capture_output=True, text=True, check=True
+    )
     import cache2cache
 
     assert done.stdout.strip() == f"cache2cache {cache2cache.__version__}"
