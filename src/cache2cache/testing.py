@@ -171,7 +171,7 @@ def tiny_model(
 
 
 def tiny_pair(receiver: str = "qwen3", sharer: str = "llama", seed: int = 0) -> tuple[LanguageModel, LanguageModel]:
-    """Receiver and sharer whose sizes, templates' tokens and tokenizers differ: the sharer's merges words, has a BOS."""
+    """Receiver and sharer whose sizes and tokenizers differ: the sharer's merges words and has a BOS."""
     return (
         tiny_model(receiver, seed, name="tiny-receiver"),
         tiny_model(sharer, seed + 1, tokenizer=tiny_tokenizer(merge=WORDS, bos=True), name="tiny-sharer"),

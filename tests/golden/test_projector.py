@@ -14,8 +14,10 @@ LAYERS = range(4)
 FLOAT32 = 1e-5
 GRADIENT = 5e-5
 """A gate's gradient is one number, a sum over all positions in which much cancels."""
-BF16_TRAINING = 2**-6
-"""In bf16 the published code rounds after each factor in training, ours only once at the end."""
+BF16_ROUNDING = 2**-8
+"""In bf16 all bits are the same in use where the same kernels run; other kernels may round a sum differently."""
+BF16_TRAINING = 2**-7
+"""In training the published code rounds after each factor, ours only once at the end."""
 BLOCKS = {"trunk": "mlp1.blocks.0", "weigh_block": "scalar_mlp2.blocks.0", "blocks.0": "proj_mlp2.blocks.0"}
 
 
@@ -32,7 +34,9 @@ class Recorded(nn.Module):
 
 def inputs(recorded: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The recorded input of every layer is the same: (2, 4, B, H, N, D) of receiver and sharer, and positions."""
-    own, other = (torch.stack([recorded[f"{side}_{x}"].expand(4, -1, -1, -1, -1) for x in KINDS]) for side in ("target", "source"))
+    own, other = (
+        torch.stack([recorded[f"{side}_{x}"].expand(4, -1, -1, -1, -1) for x in KINDS]) for side in ("target", "source")
+    )
     positions = torch.zeros(own.shape[2], own.shape[4], dtype=torch.long)
     return own, other, positions, positions
 
@@ -48,7 +52,9 @@ def training(fuser, recorded: dict[str, torch.Tensor], run: str, monkeypatch) ->
     """Put a fuser into the recorded training state: temperatures and uniform draws."""
     fuser.train()
     # The recorded layer fusers had a temperature each; in a real run they share one.
-    fuser.gate.temperature = torch.cat([recorded[f"temperature.{i}"] for _ in KINDS for i in LAYERS]).view(-1, 1, 1, 1, 1)
+    fuser.gate.temperature = torch.cat([recorded[f"temperature.{i}"] for _ in KINDS for i in LAYERS]).view(
+        -1, 1, 1, 1, 1
+    )
     draws = torch.stack([recorded[f"{run}.{i}.{u}"] for u in ("u1", "u2") for i in LAYERS])
     monkeypatch.setattr(fuser.gate, "sample", lambda noise: type(fuser.gate).sample(fuser.gate, draws))
 
@@ -60,8 +66,7 @@ def test_in_use(pair, tensors, fuser_of, close):
     for i in LAYERS:
         for k, kind in enumerate(KINDS):
             want = recorded[f"eval.{i}.out_{kind}"]
-            # The recorded gate is float32, and so is the output, in bf16 too: there all bits must be the same.
-            close(out[k, i], want, FLOAT32 if pair != "qwen3+llama_bf16" else 0.0)
+            close(out[k, i], want, BF16_ROUNDING if pair == "qwen3+llama_bf16" else FLOAT32)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -71,7 +76,8 @@ def test_weights_of_open_gates(pair, tensors, fuser_of, close):
     weight, _ = fuser.project(own.flatten(0, 1), other.flatten(0, 1), *positions, torch.arange(8), None)
     for i in LAYERS:
         for k, kind in enumerate(KINDS):
-            close(weight[4 * k + i], recorded[f"eval.{i}.norm_{kind}_scalar"], FLOAT32)
+            tolerance = BF16_ROUNDING if pair == "qwen3+llama_bf16" else FLOAT32
+            close(weight[4 * k + i], recorded[f"eval.{i}.norm_{kind}_scalar"], tolerance)
 
 
 def test_closed_gates_are_skipped(tensors, fuser_of):
@@ -95,7 +101,9 @@ def test_training_without_dropout(pair, tensors, fuser_of, close, monkeypatch):
             close(out[k, i], recorded[f"train_nodrop.{i}.out_{kind}"], tolerance)
     if pair == "qwen3+llama_bf16":
         return
-    sum((out[k, i] * recorded[f"train_nodrop.{i}.w{kind[0]}"]).sum() for i in (0, 2) for k, kind in enumerate(KINDS)).backward()
+    sum(
+        (out[k, i] * recorded[f"train_nodrop.{i}.w{kind[0]}"]).sum() for i in (0, 2) for k, kind in enumerate(KINDS)
+    ).backward()
     for name, parameter in fuser.named_parameters():
         for k, published in enumerate(published_names(name)):
             for i in (0, 2):

@@ -16,8 +16,7 @@ BORDER = 28
 """Length of the first section, which is fused; the published collator pads inside of it."""
 FLOAT32 = 1e-5
 GRADIENT = 5e-5
-WEIGHTS = 1e-4
-"""Adam divides small gradients by their own size, so that rounding errors grow to a part of the learning rate."""
+"""A gate's gradient is one number, a sum over all positions in which much cancels."""
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def test_four_steps(data, tensors, trained, close):
         optimizer.param_groups[0]["lr"] = log["lr"][step]
         optimizer.step()
         fuser.gate.anneal(step + 1)
-    compare(fuser, recorded, "after4", (0, 2), lambda p: p.detach(), WEIGHTS, close)
+    compare(fuser, recorded, "after4", (0, 2), lambda p: p.detach(), FLOAT32, close)
 
 
 def compare(fuser, recorded, prefix, layers, what, tolerance, close) -> None:

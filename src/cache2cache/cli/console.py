@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -96,12 +96,20 @@ def reported(debug: bool) -> Iterator[None]:
 class Program(TyperGroup):
     """The program itself: all its commands, with errors reported."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> None:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> NoReturn:
         """Run one command and exit."""
         debug, args = take_debug(sys.argv[1:] if args is None else args)
-        extra["standalone_mode"] = False  # errors come to us
         with reported(debug):
-            outcome = super().main(args=args, prog_name=prog_name or "c2c", **extra)
+            # Not standalone, so that errors come to us.
+            outcome = super().main(args, prog_name or "c2c", complete_var, False, windows_expand_args, **extra)
         sys.exit(outcome if isinstance(outcome, int) else ExitCode.OK)
 
 

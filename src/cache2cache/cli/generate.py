@@ -64,8 +64,7 @@ def generate(
     if stream:
         result = show.write(pair.stream(messages, **kwargs))
     else:
-        # A batch of one, because several beams give a list anyway.
-        result = pair.generate([messages], **kwargs)[0]
+        (result,) = pair.decode(pair.prefill(messages), **kwargs)
         typer.echo(jsonlib.dumps(show.as_json(pair, result), ensure_ascii=False) if json else result.text)
     if timings and not json:
         show.print_summary(pair, result)
@@ -73,9 +72,11 @@ def generate(
 
 def read_prompt(prompt: str | None) -> str:
     """The argument, or all of stdin without its last line break."""
-    if prompt is None and sys.stdin.isatty():
-        raise typer.BadParameter("no prompt: give it as an argument or through a pipe")
-    if prompt is None or prompt == "-":
+    if prompt is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise typer.BadParameter("no prompt: give it as an argument or through a pipe")
+        prompt = "-"
+    if prompt == "-":
         prompt = sys.stdin.read().removesuffix("\n")
     if not prompt.strip():
         raise typer.BadParameter("the prompt is empty")

@@ -143,7 +143,7 @@ def check_device(name: str) -> None:
 def generate_kwargs(
     max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None, num_beams: int = 1
 ) -> dict[str, Any]:
-    """What `transformers.generate` is asked for. Greedy unless asked to sample, whatever the model's own config says."""
+    """What `transformers.generate` is asked for: greedy unless asked to sample, whatever the model's config says."""
     sample = bool(temperature) or (top_p is not None and temperature is None)
     kwargs: dict[str, Any] = {"do_sample": sample, "num_beams": num_beams}
     if max_new_tokens is not None:

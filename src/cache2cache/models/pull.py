@@ -49,6 +49,7 @@ _NETWORK = re.compile(
     r"NewConnectionError|ConnectionError|ConnectTimeout|ReadTimeout|NameResolutionError|ProxyError|ProtocolError"
     r"|Max retries exceeded|[Nn]ame resolution|[Cc]onnection (refused|reset|aborted|broken)|timed out|unreachable",
 )
+_REFUSED = re.compile(r"\b(40[137]|429|5\d\d) (Client|Server) Error(: [A-Za-z ]+)?|HTTP error (40[137]|429|5\d\d)")
 _CERTIFICATE = re.compile(r"SSLError|SSLCertVerificationError|CERTIFICATE_VERIFY_FAILED")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|\(os error (28|122)\)")
 
@@ -342,8 +343,9 @@ def _fetch(package: str, version: str, folder: Path, tick: Callable[[], object])
             got=sys.executable,
             hint="Run `python -m ensurepip`, or `uv pip install pip` in an environment made by uv",
         )
-    # -P: a file of the working directory must not stand in for a module of pip's
-    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    # -P: a file of the working directory must not stand in for a module of pip's.
+    # -vv: without it, pip reports an index that it could not reach as a package that does not exist.
+    command = [sys.executable, "-P", "-m", "pip", "download", "-vv", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-cache-dir", "--progress-bar=off"]
     command += ["--dest", str(folder), f"{package}=={version}"]
     scratch = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))  # so that it lies on the disk that was checked
@@ -385,6 +387,12 @@ def _pip_failed(package: str, version: str, said: str) -> OSError:
             got=reason[0],
             hint="Check the network and `pip config list` (index-url, proxy), then run the same command: "
             "what was fetched is kept",
+        )
+    if refused := _REFUSED.search(said):
+        return DownloadError(
+            f"the package index refused to give {wanted}",
+            got=refused[0].removesuffix(" for url").strip(),
+            hint="Check `pip config list` (index-url with its user and password, proxy), or try again later",
         )
     if "No matching distribution found" in said:
         return DownloadError(

@@ -122,9 +122,27 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, ranges: Sequence[tup
             allowed="a fast tokenizer (tokenizer.json)",
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T.copy()
     ids = np.array(encoded["input_ids"], dtype=np.int64)
-    return Rendering(text, ids, offsets[:, 0].copy(), offsets[:, 1].copy(), tuple(ranges))
+    return Rendering(text, ids, starts, _closed(text, starts, ends), tuple(ranges))
+
+
+def _closed(text: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """(N,) ends of the tokens, including characters that normalisation merged into the one before or removed.
+
+    The offsets leave them out: of e + combining accent, a tokenizer that composes them says that é covers the e.
+    A gap of white space is another thing, it belongs to the token behind it.
+    """
+    ends = ends.copy()
+    following = np.append(starts[1:], len(text))
+    for last in np.flatnonzero(following > ends):
+        end, stop = ends[last], ends[last]
+        while stop < following[last] and not text[stop].isspace():
+            stop += 1
+        while stop > end and last >= 0 and ends[last] == end:  # all tokens of that character
+            ends[last] = stop
+            last -= 1
+    return ends
 
 
 class _Writer:

@@ -135,7 +135,7 @@ def test_a_catalogue_model_is_pulled_when_needed(home, registry):
     "name", ["", "nonsense", "../nowhere", "/no/such/folder", "a/b/c", "~/nowhere", "x" * 5000, "a\0b"]
 )
 def test_an_unknown_name_says_what_is_allowed(name, home):
-    with pytest.raises(UnknownModelError, match="catalogue name.*hub id.*folder") as caught:
+    with pytest.raises(UnknownModelError, match=r"catalogue name.*hub id.*folder") as caught:
         pull.resolve(name)
     assert repr(name) in str(caught.value)
 
@@ -395,6 +395,8 @@ ERROR: Could not find a version that satisfies the requirement p==1.0 (from vers
 ERROR: No matching distribution found for p==1.0
 """
 FORBIDDEN = "WARNING: something\nERROR: HTTP error 403 while getting https://index/p-1.0.whl\n"
+LOGIN = f"Could not fetch URL https://i/p/: 401 Client Error: Unauthorized for url: https://i/p/ - skipping\n{VERSION}"
+UNCLEAR = "ERROR: Exception:\nTraceback:\nZeroDivisionError: division by zero\n"
 
 
 @pytest.mark.parametrize(
@@ -405,7 +407,9 @@ FORBIDDEN = "WARNING: something\nERROR: HTTP error 403 while getting https://ind
         (READ, r"no connection to the package index.*ReadTimeout"),
         (TLS, r"certificate is not trusted.*global\.cert"),
         (VERSION, r"index does not have p 1\.0.*index-url"),
-        (FORBIDDEN, r"pip could not fetch p 1\.0; got HTTP error 403"),
+        (FORBIDDEN, r"index refused to give p 1\.0; got HTTP error 403"),
+        (LOGIN, r"index refused to give p 1\.0; got 401 Client Error: Unauthorized\. .*password"),
+        (UNCLEAR, r"pip could not fetch p 1\.0; got ZeroDivisionError"),
         ("", r"pip could not fetch p 1\.0; got nothing"),
     ],
 )
@@ -496,15 +500,14 @@ def test_a_hub_model_is_fetched_by_the_hubs_client(name, monkeypatch, tmp_path):
 
 
 def hub_error(kind: str) -> Exception:
-    import httpx
     from huggingface_hub import errors
 
-    if kind == "ConnectError":
-        return httpx.ConnectError("[Errno -2] Name or service not known")
     if kind == "OSError":
         return OSError(errno.ENOSPC, "No space left on device")
-    request = httpx.Request("GET", "https://hub.invalid")
-    return getattr(errors, kind)("no", response=httpx.Response(403, request=request))
+    if kind == "ConnectionError":
+        return ConnectionError("[Errno -2] Name or service not known")
+    cls = getattr(errors, kind)
+    return cls.__new__(cls)  # the constructor wants a response of whichever HTTP library this release uses
 
 
 @pytest.mark.parametrize(
@@ -512,7 +515,7 @@ def hub_error(kind: str) -> Exception:
     [
         ("GatedRepoError", "is gated.*Accept its terms"),
         ("RepositoryNotFoundError", "no model nobody/model"),
-        ("ConnectError", "could not be fetched from the hub.*Check the network"),
+        ("ConnectionError", "could not be fetched from the hub.*Check the network"),
         ("OSError", "disk is full"),
     ],
 )

@@ -129,6 +129,13 @@ def byte_bpe(size: int, *, regex: bool) -> Tokenizer:
     return tokenizer
 
 
+def composing() -> Tokenizer:
+    """Like Qwen's: composes characters first, and its offsets then leave out combining marks."""
+    tokenizer = byte_bpe(450, regex=True)
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
 def unigram() -> Tokenizer:
     """SentencePiece-like: spaces become ▁, unknown characters become bytes."""
     words = [
@@ -195,7 +202,7 @@ def wrap(tokenizer: Tokenizer, *, adds_bos: bool = False) -> PreTrainedTokenizer
     )
 
 
-BYTE_LEVEL = ("bytes", "bpe", "runs")
+BYTE_LEVEL = ("bytes", "composing", "runs")
 """Tokenizers that lose no character, so that every character has a token."""
 
 
@@ -205,12 +212,13 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
         "bytes": wrap(split_digits(), adds_bos=True),
         "bpe": wrap(byte_bpe(400, regex=True)),
         "runs": wrap(byte_bpe(500, regex=False)),
+        "composing": wrap(composing()),
         "unigram": wrap(unigram(), adds_bos=True),
         "wordpiece": wrap(wordpiece()),
     }
 
 
-@pytest.fixture(scope="session", params=["bytes", "bpe", "runs", "unigram", "wordpiece"])
+@pytest.fixture(scope="session", params=["bytes", "bpe", "runs", "composing", "unigram", "wordpiece"])
 def tokenizer(request: pytest.FixtureRequest, tokenizers: dict) -> PreTrainedTokenizerFast:
     return tokenizers[request.param]
 

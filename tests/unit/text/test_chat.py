@@ -107,6 +107,14 @@ class TestTokens:
             assert (got.starts <= got.ends).all()
             assert (got.ends <= len(got.text)).all()
 
+    def test_cover_the_marks_that_were_composed_into_them(self, tokenizers):
+        got = render(
+            tokenizers["composing"], talk("xe\u0301 \u1112\u1161\u11ab!"), template="{{ messages[0].content }}"
+        )
+        assert dict(zip(got.starts.tolist(), got.ends.tolist(), strict=True)) == {0: 1, 1: 3, 3: 4, 4: 7, 7: 8}
+        spaces = render(tokenizers["wordpiece"], talk("user  user "), template="{{ messages[0].content }}")
+        assert (spaces.starts.tolist(), spaces.ends.tolist()) == ([0, 6], [4, 10])
+
     def test_none(self, tokenizers):
         got = render(tokenizers["wordpiece"], talk(" "), template="{{ messages[0].content }}")
         assert got.ids.shape == got.starts.shape == got.ends.shape == (0,)
