@@ -11,7 +11,7 @@ import torch
 from cache2cache import C2C, Fuser
 from cache2cache.evaluate.questions import read_questions
 from cache2cache.evaluate.systems import extract_letter
-from cache2cache.fuser.verify import check_rotation
+from cache2cache.verify import check_rotation
 from cache2cache.models.load import load
 from cache2cache.testing import random_fuser
 

@@ -72,11 +72,9 @@ def generate(
 
 def read_prompt(prompt: str | None) -> str:
     """The argument, or all of stdin without its last line break."""
-    if prompt is None:
-        if sys.stdin is None or sys.stdin.isatty():
-            raise typer.BadParameter("no prompt: give it as an argument or through a pipe")
-        prompt = "-"
-    if prompt == "-":
+    if prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter("no prompt: give it as an argument or through a pipe")
+    if prompt is None or prompt == "-":
         prompt = sys.stdin.read().removesuffix("\n")
     if not prompt.strip():
         raise typer.BadParameter("the prompt is empty")

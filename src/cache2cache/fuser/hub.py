@@ -39,14 +39,14 @@ def locate(location: str | os.PathLike[str], revision: str | None = None) -> Pat
     if name == DEMO:
         return _demo()
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     allowed = f"{DEMO}, a folder, a hub id org/repo, or org/repo/folder"
-    if folder.exists():
+    if name and folder.exists():
         raise FuserFormatError("a fuser is a folder, not a file", got=name, allowed=allowed)
     if isinstance(location, str) and (parts := _HUB_ID.fullmatch(name)):
         return _fetch(parts["repo"], parts["sub"] or "", revision)
-    raise FuserFormatError("there is no such fuser", got=name, allowed=allowed)
+    raise FuserFormatError("there is no such fuser", got=repr(name), allowed=allowed)
 
 
 def _demo() -> Path:
