@@ -76,7 +76,7 @@ def check_rotation(lm: LanguageModel) -> str:
         if (layer := _first_off(back, keys, tolerance)) is not None:
             raise _not_rotary(
                 lm,
-                f"layer {layer} at position {position} is off by {_off(back, keys)[layer]:.0%}: "
+                f"layer {layer} at position {position} is off by {_off(back, keys)[layer]:.1%}: "
                 "interleaved pairs, layers without rotation, frequencies that .to() made coarse, or other parameters?",
             )
         worst = max(worst, float(_off(back, keys).max()))

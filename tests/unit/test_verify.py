@@ -41,7 +41,7 @@ def test_other_frequencies_than_the_config_says():
     rope = lm.card.geometry.ropes[0]
     slower = rope.model_copy(update={"inv_freq": (*rope.inv_freq[:-1], rope.inv_freq[-1] * 2)})
     lm.card = lm.card.model_copy(update={"geometry": lm.card.geometry.model_copy(update={"ropes": (slower,)})})
-    with pytest.raises(ModelError, match="at position 511 is off by"):
+    with pytest.raises(ModelError, match="layer 0 at position 7 is off by"):
         check_rotation(lm)
 
 

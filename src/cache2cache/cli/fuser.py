@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Look at fusers, convert them, try them on a pair.")
 
-Location = Annotated[str, typer.Argument(metavar="FUSER", help="`demo`, a folder, or a hub id (org/repo[/folder]).")]
+Location = Annotated[
+    str, typer.Argument(metavar="FUSER", help="`demo`, a folder, or a hub id: org/repo or org/repo/folder.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="The same for machines.")]
 
@@ -118,7 +120,12 @@ def _show(facts: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, text in _lines(facts):
         table.add_row(name, text)
-    Console(highlight=False).print(table, markup=False)
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    if facts["training"]:
+        console.print("training", style="bold")
+        for line in _tree(facts["training"]):
+            console.print(f"  {line}", soft_wrap=True)
 
 
 def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -138,7 +145,6 @@ def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{side}'s template", facts[f"{side}_template"] or "its own"
     yield "fused positions", f"the last {facts['fuse_last']}" if facts["fuse_last"] else "all"
     yield "written by", f"cache2cache {facts['package_version']}"
-    yield from _flat("training", facts["training"])
 
 
 def model_line(card: dict[str, Any]) -> str:
@@ -173,12 +179,13 @@ def _range(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}–{last}"
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Nested dicts as lines `a.b: value`; long lists only by their length."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(f"{name}.{key}", inner)
-    elif isinstance(value, list) and len(value) > 8:
-        yield name, f"{len(value)} values, {value[0]} … {value[-1]}"
-    else:
-        yield name, value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False)
+def _tree(values: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """Nested dicts as indented lines; of long lists only the ends."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}:"
+            yield from _tree(value, indent + "  ")
+        elif isinstance(value, list) and len(value) > 8:
+            yield f"{indent}{name}: {len(value)} values, {value[0]} … {value[-1]}"
+        else:
+            yield f"{indent}{name}: {value if isinstance(value, str) else jsonlib.dumps(value, ensure_ascii=False)}"

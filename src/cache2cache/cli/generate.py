@@ -74,8 +74,7 @@ def read_prompt(prompt: str | None) -> str:
     """The argument, or all of stdin without its last line break."""
     if prompt is None and sys.stdin.isatty():
         raise typer.BadParameter("no prompt: give it as an argument or through a pipe")
-    if prompt is None or prompt == "-":
-        prompt = sys.stdin.read().removesuffix("\n")
-    if not prompt.strip():
+    text = sys.stdin.read().removesuffix("\n") if prompt is None or prompt == "-" else prompt
+    if not text.strip():
         raise typer.BadParameter("the prompt is empty")
-    return prompt
+    return text

@@ -36,22 +36,24 @@ def _licence(name: str) -> str:
 
 
 def _print_catalogue() -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from cache2cache.models.catalogue import MODELS
     from cache2cache.models.pull import home, ready
 
-    table = Table(title=f"Models by name (kept in {home() / 'models'})", title_justify="left")
-    for column in ("name", "model", "licence", "from"):
-        table.add_column(column)
+    # Two lines a model, so that it fits into 80 columns
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=f"Kept in {home() / 'models'}", caption_justify="left")
+    table.add_column("model", no_wrap=True)
+    table.add_column("licence", max_width=18)
     for column in ("download", "on disk", "ready"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for model in MODELS.values():
-        sizes = (_size(model.weights.download), _size(model.weights.converted)) if model.weights else ("", "")
-        origin = "package index" if model.weights else "hub"
-        there = "yes" if model.weights and ready(model) else "no" if model.weights else "by the hub's cache"
-        table.add_row(model.name, model.hub_id, model.licence, origin, *sizes, there)
+        cells = ("from hub", "", "")
+        if model.weights:
+            cells = (_size(model.weights.download), _size(model.weights.converted), "yes" if ready(model) else "no")
+        table.add_row(f"[bold]{model.name}[/]\n{model.hub_id}", model.licence, *cells)
     Console().print(table)
 
 

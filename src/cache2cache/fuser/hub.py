@@ -21,7 +21,7 @@ _MARKERS = ("fuser_config.json", "projector_config.json")
 _PARTS = ("", "final")
 """A published checkpoint keeps its weights in final/ and its config beside that; its training folders stay out."""
 # The first base is the base error of the HTTP client that the hub library uses; lost connections raise it.
-_HUB_ERRORS = (OSError, ValueError, HfHubHTTPError.__bases__[0])
+_HUB_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, HfHubHTTPError.__bases__[0])
 
 
 def locate(location: str | os.PathLike[str], revision: str | None = None) -> Path:

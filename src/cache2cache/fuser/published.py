@@ -160,8 +160,8 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
             got=str(error).strip().splitlines()[0],
             allowed="a state dict of tensors",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise FuserFormatError(f"{path} is damaged", got=str(error), hint="Fetch it again") from error
+    except Exception as error:  # rubbish is a program to the unpickler, and fails in any way that a program can
+        raise FuserFormatError(f"{path} is damaged", got=repr(error), hint="Fetch it again") from error
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise FuserFormatError(f"{path} is not a state dict", got=type(state).__name__)
     return state
@@ -226,7 +226,7 @@ def _config(layer_map: tuple[int, ...], arguments: _Arguments, trained: _Trained
         receiver=card(trained.base_model, len(layer_map), arguments.target_num_heads, arguments.target_dim),
         sharer=card(trained.teacher_model, max(layer_map) + 1, arguments.source_num_heads, arguments.source_dim),
         layer_map=layer_map,
-        alignment=f"retokenise-{trained.alignment_strategy}" if trained.is_do_alignment else "same-ids",
+        alignment=f"retokenise-{trained.alignment_strategy}" if trained.is_do_alignment else "same-ids",  # type: ignore[arg-type]
         sizes=arguments.model_dump(include=set(PaperSizes.model_fields)),
         gate=GateConfig(
             initial_temperature=arguments.initial_temperature,

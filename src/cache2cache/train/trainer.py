@@ -20,6 +20,7 @@ from cache2cache.pipeline import C2C
 from cache2cache.train.config import Recipe
 from cache2cache.train.data import Collator, FeatureDataset, split
 from cache2cache.train.features import PrefillStore
+from cache2cache.verify import check_rotation
 
 _STATISTICS_ROWS = 256
 
@@ -115,6 +116,8 @@ def train(recipe: Recipe, data_dir: Path, output: Path, features: Path, *, resum
     validation_set = FeatureDataset(validation_rows, pair, *stores)
     collate = Collator(pair)
     if isinstance(fuser, CompactFuser):
+        check_rotation(receiver)
+        check_rotation(sharer)
         standardise(fuser, pair, collate([train_set[i] for i in range(min(_STATISTICS_ROWS, len(train_set)))]))
     step = TrainingStep(pair)
     trainer = FuserTrainer(

@@ -20,6 +20,13 @@ def saved(fuser, tmp_path):
     return fuser.save_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("command", ["inspect", "convert", "verify"])
+def test_help(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0, result.output
+    assert "Usage" in result.output
+
+
 def test_inspect(receiver, sharer, tmp_path):
     fuser = random_fuser(receiver, sharer, fuse_last=16, training={"steps": 700, "accuracy": {"arc": 0.66}})
     fuser.gate.logit.data[1, 0] = -1.0
@@ -35,7 +42,7 @@ def test_inspect(receiver, sharer, tmp_path):
         "○●  1 of 2 open",
         "native",
         "the last 16",
-        "training.accuracy.arc",
+        "training\n  steps: 700\n  accuracy:\n    arc: 0.66\n",
     ):
         assert text in result.output
 

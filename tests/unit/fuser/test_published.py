@@ -135,7 +135,9 @@ class Code:
         return os.mkdir, ("ran",)
 
 
-@pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "write", [lambda x, file: pickle.dump(x, file, protocol=2), torch.save], ids=["pickle", "torch.save"]
+)
 def test_a_pickle_with_code_in_it(folder, write, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with (folder / "final/projector_1.pt").open("wb") as file:
