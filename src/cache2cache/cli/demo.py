@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cache2cache.cli.pair import DEMO_FUSER, DEMO_RECEIVER, DEMO_SHARER, load_pair
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from cache2cache.evaluate.questions import Question
     from cache2cache.evaluate.systems import Answer
 
-RECEIVER, SHARER, FUSER = "smollm2-135m", "qwen2.5-coder-1.5b", "demo"
 SYSTEMS = ("receiver", "sharer", "text-to-text", "c2c")
 
 
@@ -31,48 +30,63 @@ def demo(
     from cache2cache.evaluate.questions import read_questions
     from cache2cache.evaluate.systems import systems
     from cache2cache.models.pull import pull
-    from cache2cache.pipeline import C2C
 
     console = Console()
-    for name in (RECEIVER, SHARER):
+    for name in (DEMO_RECEIVER, DEMO_SHARER):
         pull(name)
-    with _quiet(), console.status("loading the two models and the fuser"):
-        pair = C2C.from_pretrained(RECEIVER, sharers=[SHARER], fusers=[FUSER])
+    pair = load_pair(DEMO_RECEIVER, [DEMO_SHARER], [DEMO_FUSER])
     questions = read_questions(str(files("cache2cache") / "data" / "demo_questions.jsonl"))[:limit]
-    console.print(f"receiver [bold]{RECEIVER}[/] ← sharer [bold]{SHARER}[/], {len(questions)} test questions, greedy\n")
+    console.print(
+        f"receiver [bold]{DEMO_RECEIVER}[/] ← sharer [bold]{DEMO_SHARER}[/], "
+        f"{len(questions)} test questions, greedy; – is an answer that names no letter\n"
+    )
     ways = systems(pair, message_tokens=message_tokens, max_new_tokens=8)
     start = time.perf_counter()
     rows: list[tuple[Question, dict[str, Answer]]] = []
-    with Live(_table(rows), console=console, refresh_per_second=4) as live:
+    with Live(console=console, refresh_per_second=4) as live:
         for question in questions:
             answers: dict[str, Answer] = {}
             rows.append((question, answers))
             for name in SYSTEMS:
                 (answers[name],) = ways[name]([question.messages()])
-                live.update(_table(rows))
+                live.update(_table(rows, console.width))
     console.print(_totals(rows))
-    console.print(f"{len(questions)} questions in {time.perf_counter() - start:.0f} s. With so few, read the table in the "
-                  "README for accuracy; this shows what it looks like.", style="dim", highlight=False)  # fmt: skip
+    seconds = time.perf_counter() - start
+    console.print(
+        f"{len(questions)} questions in {seconds:.0f} s. So few show how it works, not how well: "
+        "the README has accuracies with intervals.",
+        style="dim",
+        highlight=False,
+    )
 
 
-def _table(rows: list[tuple[Question, dict[str, Answer]]]) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
+def _table(rows: list[tuple[Question, dict[str, Answer]]], width: int) -> Table:
+    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, show_lines=False)
+    table = _plain_table()
     table.add_column("set", style="dim", no_wrap=True)
-    table.add_column("question", max_width=44, overflow="ellipsis", no_wrap=True)
-    table.add_column("right", justify="center")
+    table.add_column("question", no_wrap=True)
+    table.add_column("right", justify="center", no_wrap=True)
     for name in SYSTEMS:
         table.add_column(name, justify="right", no_wrap=True)
+    room = max(16, min(70, width - 62))  # what the other columns leave
     for question, answers in rows:
+        text = Text(question.question.replace("\n", " "))
+        text.truncate(room, overflow="ellipsis")
         cells = [_cell(question, answers[name]) if name in answers else "…" for name in SYSTEMS]
-        table.add_row(_set(question), escape(question.question), question.letter, *cells)
+        table.add_row(_set(question), text, question.letter, *cells)
     return table
 
 
+def _plain_table(**options: Any) -> Table:
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, **options)
+
+
 def _set(question: Question) -> str:
-    return "mmlu-redux" if question.id.startswith("mmlu_redux") else question.subject.replace("_", "-")
+    short = {"arc_easy": "ARC-E", "arc_challenge": "ARC-C", "openbookqa": "OBQA"}
+    return short.get(question.subject, "MMLU-R")
 
 
 def _letter(question: Question, answer: Answer) -> str | None:
@@ -84,14 +98,12 @@ def _letter(question: Question, answer: Answer) -> str | None:
 def _cell(question: Question, answer: Answer) -> str:
     letter = _letter(question, answer)
     mark = "[green]✓[/]" if letter == question.letter else "[red]✗[/]"
-    return f"{letter or '–'} {mark} {answer.seconds:5.1f} s"
+    return f"{letter or '–'} {mark} {answer.seconds:4.1f}s"
 
 
 def _totals(rows: list[tuple[Question, dict[str, Answer]]]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, title="\ntotals", title_justify="left")
-    for column in ("", "right", "no letter", "seconds a question", "tokens written by the sharer"):
+    table = _plain_table(title="\ntotals", title_justify="left")
+    for column in ("", "right", "no letter", "seconds each", "sharer wrote"):
         table.add_column(column, justify="left" if not column else "right")
     for name in SYSTEMS:
         answers = [(question, found[name]) for question, found in rows]
@@ -107,15 +119,3 @@ def _totals(rows: list[tuple[Question, dict[str, Answer]]]) -> Table:
             str(written),
         )
     return table
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars of model loading, which would fight with ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()

@@ -79,12 +79,12 @@ def load_pair(
     sharers: list[str] | None,
     fusers: list[str] | None,
     *,
-    no_sharer: bool,
-    mode: Literal["parallel", "sequential"],
-    device: str,
-    sharer_device: str | None,
-    dtype: str,
-    trust_remote_code: bool,
+    no_sharer: bool = False,
+    mode: Literal["parallel", "sequential"] = "parallel",
+    device: str = "cpu",
+    sharer_device: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> C2C:
     """Load what the options name, after everything that can be checked without loading.
 
