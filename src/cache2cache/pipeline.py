@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cache2cache.chat import Chat
 
 DEFAULT_NEW_TOKENS = 256
-"""Asked for when neither max_new_tokens nor max_length is given."""
+"""Asked for when neither max_new_tokens nor max_length is given, as far as the context has room."""
 
 Model = LanguageModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -264,7 +264,12 @@ class C2C:
         if sharers is not None:
             (who,) = self._speaking(sharers, 1)
             sharer_ids = [ids if i in who else None for i, ids in enumerate(sharer_ids)]
-        return self.read(inputs.from_ids(receiver_ids, sharer_ids, self.fusers, **ids_kwargs))
+        prepared = inputs.from_ids(receiver_ids, sharer_ids, self.fusers, **ids_kwargs)
+        inputs.check_length(self.receiver, receiver_ids.shape[1], 1)
+        for lm, ids in zip(self.sharers, sharer_ids, strict=True):
+            if ids is not None:
+                inputs.check_length(lm, ids.shape[1], 0)
+        return self.read(prepared)
 
     def stream(
         self, conversation: Conversation, *, sharers: Sequence[int] | None = None, **generate_kwargs: Any
@@ -341,7 +346,8 @@ def generation_options(lm: LanguageModel, prompt: int, kwargs: dict[str, Any]) -
         return options.get(name, getattr(config, name, None))
 
     if chosen("max_new_tokens") is None and options.get("max_length") is None:
-        options["max_new_tokens"] = DEFAULT_NEW_TOKENS
+        room = (lm.card.geometry.max_positions or prompt + DEFAULT_NEW_TOKENS) - prompt
+        options["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, room))
     if chosen("pad_token_id") is None:
         options["pad_token_id"] = pad_id(lm)
     if chosen("stop_strings"):

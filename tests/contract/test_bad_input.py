@@ -62,6 +62,17 @@ def test_prompts_longer_than_the_context(c2c, words, new):
         c2c.generate([{"role": "user", "content": "x" * words}], max_new_tokens=new)
 
 
+def test_ids_longer_than_the_context(c2c):
+    with pytest.raises(ContextLengthError, match="512 together"):
+        c2c.prefill(receiver_ids=torch.zeros((1, 600), dtype=torch.long))
+
+
+def test_an_answer_of_no_stated_length_ends_with_the_context(models):
+    short = C2C(tiny_model("llama", max_position_embeddings=60, eos_token_id=None))
+    answer = short.generate([{"role": "user", "content": "hi"}], do_sample=False)
+    assert answer.counts.receiver_prompt + answer.counts.generated <= 60
+
+
 def test_a_fuser_of_another_pair(models):
     receiver, sharer = models
     other = tiny_model("qwen2", num_hidden_layers=5)

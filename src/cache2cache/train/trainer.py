@@ -107,7 +107,8 @@ def train(recipe: Recipe, data_dir: Path, output: Path, features: Path, *, resum
         resume: go on from the last checkpoint in `output`.
     """
     set_seed(recipe.seed)
-    receiver, sharer = load(recipe.receiver, dtype=recipe.dtype), load(recipe.sharer, dtype=recipe.dtype)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    receiver, sharer = (load(name, dtype=recipe.dtype, device=device) for name in (recipe.receiver, recipe.sharer))
     fuser = Fuser.from_config(new_config(recipe, receiver, sharer))
     pair = C2C(receiver, [sharer], [fuser])
     train_rows, validation_rows, dropped = split(data_dir, recipe.data, recipe.seed)
