@@ -106,7 +106,9 @@ def letters_right(pair: C2C, prefill: Prefill, questions: Sequence[Question]) ->
     return [best_letter(pair.receiver, logits[b], q, "") == q.letter for b, q in enumerate(questions)]
 
 
-def sharer_right(sharer: LanguageModel, ids, caches: Sequence[torch.Tensor], questions: Sequence[Question]) -> list[bool]:
+def sharer_right(
+    sharer: LanguageModel, ids, caches: Sequence[torch.Tensor], questions: Sequence[Question]
+) -> list[bool]:
     width = max(map(len, ids))
     padded = torch.zeros((len(ids), width), dtype=torch.long)
     mask = torch.zeros_like(padded)

@@ -116,7 +116,9 @@ def _median(way, repeat: int) -> float:
 
 def report(result: dict) -> None:
     """Print the result as Markdown."""
-    print("| batch | tokens | sharer prefill | receiver prefill | fuse | decode 1 | fuse / prefills | first token / prefills |")
+    print(
+        "| batch | tokens | sharer prefill | receiver prefill | fuse | decode 1 | fuse / prefills | first token / prefills |"
+    )
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in result["stages"]:
         print(
@@ -124,7 +126,9 @@ def report(result: dict) -> None:
             f"| {row['fuse'] * 1000:.0f} ms | {row['decode'] * 1000:.0f} ms "
             f"| {row['fuse_over_prefills']:.1%} | {row['first_token_over_prefills']:.2f} |"
         )
-    print(f"\n| {result['end_to_end']['tokens']} tokens in, {ANSWER_TOKENS} out | seconds | times C2C |\n|---|---:|---:|")
+    print(
+        f"\n| {result['end_to_end']['tokens']} tokens in, {ANSWER_TOKENS} out | seconds | times C2C |\n|---|---:|---:|"
+    )
     for name, seconds in result["end_to_end"]["seconds"].items():
         print(f"| {name} | {seconds:.2f} | {result['end_to_end']['over_c2c'][name]:.2f} |")
     print(f"\npeak memory {result['peak_memory_gb']} GB")

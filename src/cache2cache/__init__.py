@@ -1,8 +1,8 @@
 """Cache-to-Cache: language models that talk through their KV-caches instead of text.
 
-    >>> from cache2cache import C2C
-    >>> pair = C2C.from_pretrained("smollm2-135m", sharers=["qwen2.5-coder-1.5b"], fusers=["demo"])
-    >>> pair.generate([{"role": "user", "content": "…"}], max_new_tokens=8).text
+>>> from cache2cache import C2C
+>>> pair = C2C.from_pretrained("smollm2-135m", sharers=["qwen2.5-coder-1.5b"], fusers=["demo"])
+>>> pair.generate([{"role": "user", "content": "…"}], max_new_tokens=8).text
 """
 
 from importlib import import_module

@@ -54,6 +54,10 @@ class ContextLengthError(C2CError, ValueError):
     """A prompt, with the tokens asked for, that is longer than a model's context."""
 
 
+class GenerationError(C2CError, ValueError):
+    """An option of `transformers.generate` that would go wrong on a cache that holds the prompt already."""
+
+
 class ModelError(C2CError, ValueError):
     """A model that cannot take part: no per-token KV cache, no fast tokenizer, weights that are not finite."""
 

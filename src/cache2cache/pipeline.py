@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache2cache import inputs
-from cache2cache.errors import FuserMismatchError
+from cache2cache.errors import FuserMismatchError, GenerationError
 from cache2cache.fuser.base import Fuser
 from cache2cache.fuser.several import FusionMode, Speaker, fused_kv
 from cache2cache.inputs import Inputs, Row, SharerInputs
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 DEFAULT_NEW_TOKENS = 256
 """Asked for when neither max_new_tokens nor max_length is given, as far as the context has room."""
+
+REFUSED_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+"""With these, transformers (5.0 to 5.19 at least) ignores that a cache holds the prompt already."""
 
 Model = LanguageModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -338,7 +341,10 @@ def generation_options(lm: LanguageModel, prompt: int, kwargs: dict[str, Any]) -
 
     Raises:
         ContextLengthError: prompt and max_new_tokens are longer than the context.
+        GenerationError: an option with which transformers reads the prompt a second time, behind the cached one.
     """
+    if refused := [name for name in REFUSED_OPTIONS if kwargs.get(name) is not None]:
+        raise GenerationError("transformers would read the prompt twice", got=", ".join(refused), hint="Leave it out")
     options = dict(kwargs)
     config = options.get("generation_config") or lm.model.generation_config
 

@@ -83,7 +83,9 @@ def test_a_fuser_of_another_pair(models):
 def test_a_fuser_of_the_same_sizes_but_another_tokenizer(models):
     receiver, sharer = models
     fuser = random_fuser(receiver, sharer)
-    other = LanguageModel(sharer.model, sharer.tokenizer, sharer.card.model_copy(update={"tokenizer": "0123456789abcdef"}))
+    other = LanguageModel(
+        sharer.model, sharer.tokenizer, sharer.card.model_copy(update={"tokenizer": "0123456789abcdef"})
+    )
     with pytest.raises(FuserMismatchError, match="another tokenizer"):
         C2C(receiver, [other], [fuser])
 

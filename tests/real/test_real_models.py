@@ -11,9 +11,9 @@ import torch
 from cache2cache import C2C, Fuser
 from cache2cache.evaluate.questions import read_questions
 from cache2cache.evaluate.systems import extract_letter
-from cache2cache.verify import check_rotation
 from cache2cache.models.load import load
 from cache2cache.testing import random_fuser
+from cache2cache.verify import check_rotation
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -24,9 +24,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
 @pytest.fixture(scope="module")
 def demo():
-    return C2C.from_pretrained(
-        "smollm2-135m", sharers=["qwen2.5-coder-1.5b"], fusers=["demo"], dtype=torch.float32
-    )
+    return C2C.from_pretrained("smollm2-135m", sharers=["qwen2.5-coder-1.5b"], fusers=["demo"], dtype=torch.float32)
 
 
 @pytest.mark.parametrize("system", ["c2c", "receiver", "sharer"])

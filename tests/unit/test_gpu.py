@@ -24,6 +24,8 @@ def test_devices_do_not_change_the_answer(receiver_device, sharer_device):
     receiver, sharer = tiny_pair()
     conversations = [[{"role": "user", "content": text}] for text in ("hi", "what is a cache?", "hello world")]
     options = {"do_sample": False, "max_new_tokens": 10}
-    expected = [a.ids for a in C2C(receiver, [sharer], [random_fuser(receiver, sharer)]).generate(conversations, **options)]
+    expected = [
+        a.ids for a in C2C(receiver, [sharer], [random_fuser(receiver, sharer)]).generate(conversations, **options)
+    ]
     moved = C2C(on(receiver, receiver_device), [on(sharer, sharer_device)], [random_fuser(receiver, sharer)])
     assert [a.ids for a in moved.generate(conversations, **options)] == expected

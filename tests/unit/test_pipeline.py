@@ -5,11 +5,21 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from cache2cache import C2C
+from cache2cache.errors import GenerationError
 from cache2cache.models import kv
 from cache2cache.testing import FAMILIES, random_fuser, tiny_model, tiny_pair
 from cache2cache.types import Span
 
-TEXTS = ("hi", "what is the capital of France?", "hello world " * 7, "缓存 🚀", "", "a\n\nb", "  spaced  ", "one two three")
+TEXTS = (
+    "hi",
+    "what is the capital of France?",
+    "hello world " * 7,
+    "缓存 🚀",
+    "",
+    "a\n\nb",
+    "  spaced  ",
+    "one two three",
+)
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in TEXTS]
 GREEDY = {"do_sample": False, "max_new_tokens": 10}
 
@@ -158,6 +168,12 @@ def test_an_abandoned_stream_stops_decoding(pair):
     stream.close()
 
 
+@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}])
+def test_options_that_would_read_the_prompt_twice_are_refused(pair, option):
+    with pytest.raises(GenerationError, match="read the prompt twice"):
+        pair.generate(CONVERSATIONS[0], **option, **GREEDY)
+
+
 def test_an_answer_tells_tokens_and_times(pair):
     answer = pair.generate(CONVERSATIONS[1], **GREEDY)
     assert answer.counts.generated == len(answer.ids) <= 10
@@ -295,6 +311,8 @@ def test_sliding_windows_forget_nothing_that_a_fuser_needs():
     sizes = {layer.keys.shape[2] for layer in prefill.sharer_caches[0].layers}
     assert sizes == {prefill.inputs.sharers[0].ids.shape[1]}
     alone = C2C(gemma)
-    prompt = gemma.tokenizer.apply_chat_template(long, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = gemma.tokenizer.apply_chat_template(
+        long, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     expected = gemma.model.generate(**prompt, **GREEDY)[0, prompt["input_ids"].shape[1] :].tolist()
     assert alone.generate(long, **GREEDY).ids == expected

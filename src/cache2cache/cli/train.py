@@ -11,7 +11,9 @@ import typer
 def train(
     recipe: Annotated[Path, typer.Argument(help="TOML file, such as recipes/demo/recipe.toml.")],
     data_dir: Annotated[Path, typer.Option(help="What the recipe's data paths are relative to.")] = Path(),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoints, and the fuser in `fuser/`.")] = Path("run"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoints, and the fuser in `fuser/`.")] = Path(
+        "run"
+    ),
     features: Annotated[Path | None, typer.Option(help="Prefills on disk; default: in the cache folder.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
 ) -> None:

@@ -141,7 +141,11 @@ def check(cache: object, layers: int, heads: int, head_dim: int, seen: int, name
     hint = "Use a decoder with ordinary multi-head or grouped-query attention, such as Llama, Qwen, Mistral, Gemma"
     held = getattr(cache, "layers", None)
     if held is None or len(held) != layers or not all(isinstance(layer, DynamicLayer) for layer in held):
-        kind = type(cache).__name__ if held is None else f"{len(held)} layers of {sorted({type(x).__name__ for x in held})}"
+        kind = (
+            type(cache).__name__
+            if held is None
+            else f"{len(held)} layers of {sorted({type(x).__name__ for x in held})}"
+        )
         raise ModelError(f"{name} has no per-token KV cache", got=kind, allowed=needs, hint=hint)
     for i, layer in enumerate(held):
         for x in (layer.keys, layer.values):
