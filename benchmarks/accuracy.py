@@ -94,7 +94,7 @@ def evaluate(pair: C2C, questions: Sequence[Question], features: Path) -> dict[s
 
 def read(pair: C2C, rows: Sequence[Row], own: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor] | None) -> Prefill:
     """What `pair.read` gives, from stored prefills."""
-    prepared = collate(rows, pair.fusers, pad_id(pair.receiver), [pad_id(lm) for lm in pair.sharers])
+    prepared = collate(rows, pad_id(pair.receiver), [pad_id(lm) for lm in pair.sharers])
     cache = kv.from_tensors(list(zip(*left_padded(own), strict=True)))
     caches = [kv.new_cache()] if theirs is None else [kv.from_tensors(list(zip(*left_padded(theirs), strict=True)))]
     pair.fuse(cache, prepared.mask, prepared.ids.shape[1] - 1, prepared, caches)

@@ -173,18 +173,18 @@ def check_length(lm: LanguageModel, prompt: int, new: int) -> None:
         )
 
 
-def collate(rows: Sequence[Row], fusers: Sequence[Fuser], pad: int, sharer_pads: Sequence[int]) -> Inputs:
+def collate(rows: Sequence[Row], pad: int, sharer_pads: Sequence[int]) -> Inputs:
     """Pad rows on the left into one batch."""
     ids, mask = _pad([row.ids for row in rows], pad)
     width = ids.shape[1]
     sharers: list[SharerInputs | None] = []
-    for i, fuser in enumerate(fusers):
+    for i, sharer_pad in enumerate(sharer_pads):
         parts = [row.sharers[i] for row in rows]
         if not any(parts):
             sharers.append(None)
             continue
         # A row in which this sharer is silent gets one token to read, since a batch has no empty rows.
-        their_ids, their_mask = _pad([np.zeros(1, np.int64) if p is None else p.ids for p in parts], sharer_pads[i])
+        their_ids, their_mask = _pad([np.zeros(1, np.int64) if p is None else p.ids for p in parts], sharer_pad)
         alignment, due = torch.zeros((2, len(rows), width), dtype=torch.long)
         for b, part in enumerate(parts):
             if part is not None:

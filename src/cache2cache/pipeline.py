@@ -152,7 +152,7 @@ class C2C:
     ) -> Inputs:
         """Render, tokenise, align and pad a batch."""
         rows = self.rows(conversations, sharers, timings)
-        return inputs.collate(rows, self.fusers, pad_id(self.receiver), [pad_id(lm) for lm in self.sharers])
+        return inputs.collate(rows, pad_id(self.receiver), [pad_id(lm) for lm in self.sharers])
 
     def rows(
         self,

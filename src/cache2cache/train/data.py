@@ -122,7 +122,7 @@ class Collator:
         """`tail_ids` (B, T) is the prompt's last token and the response but its last; `labels` (B, T) what follows."""
         rows, responses, own, theirs = zip(*items, strict=True)
         pads = [pad_id(lm) for lm in self.pair.sharers]
-        batch = inputs.collate(rows, self.pair.fusers, pad_id(self.pair.receiver), pads)
+        batch = inputs.collate(rows, pad_id(self.pair.receiver), pads)
         (part,) = batch.sharers
         assert part is not None, "every training row has a sharer"
         width = max(map(len, responses))

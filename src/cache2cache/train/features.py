@@ -85,8 +85,13 @@ class PrefillStore:
         todo = {row_key(ids): list(ids) for ids in prompts if ids not in self}
         # Longest first: the batches hold little padding, and the time left is never underestimated.
         order = sorted(todo, key=lambda key: (-len(todo[key]), key))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns) as bar:
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        ) as bar:
             task = bar.add_task(f"prefill {self.card.id}", total=sum(map(len, todo.values())))
             shard: dict[str, torch.Tensor] = {}
             while order:

@@ -166,6 +166,6 @@ def test_batches_of_training_rows_are_padded_like_prompts(pair, data, tmp_path):
     stores = PrefillStore(tmp_path, receiver.card, torch.float32), PrefillStore(tmp_path, sharer.card, torch.float32)
     dataset = FeatureDataset(read_examples(data / "train.jsonl")[:2], c2c, *stores)
     batch = Collator(c2c)([dataset[0], dataset[1]])
-    expected = collate(dataset.rows, c2c.fusers, pad_id(receiver), [pad_id(sharer)])
+    expected = collate(dataset.rows, pad_id(receiver), [pad_id(sharer)])
     assert torch.equal(batch["ids"], expected.ids) and torch.equal(batch["due"], expected.sharers[0].due)
     assert batch["own"].shape[4] == batch["ids"].shape[1] - 1
