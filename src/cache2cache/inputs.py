@@ -240,7 +240,8 @@ def from_ids(
         if ids is None:
             sharers.append(None)
             continue
-        their_mask = sharer_masks[i] if sharer_masks and sharer_masks[i] is not None else torch.ones_like(ids)
+        given_mask = sharer_masks[i] if sharer_masks else None
+        their_mask = torch.ones_like(ids) if given_mask is None else given_mask
         _same_shape(f"sharer_masks[{i}]", their_mask, ids)
         given = alignments[i] if alignments else None
         if given is None and ids.shape != receiver_ids.shape:

@@ -83,7 +83,7 @@ class C2C:
         self.receiver = _language_model(receiver)
         self.sharers = [_language_model(sharer) for sharer in sharers]
         self.fusers = [fuser.to(self.receiver.device).eval() for fuser in fusers]
-        self.mode = mode
+        self.mode: FusionMode = mode
         self.template = self.fusers[0].config.receiver_template if self.fusers else template
         _check(self)
 
@@ -229,9 +229,8 @@ class C2C:
             row = i * len(ids) // len(sequences)
             read = [int(part.mask[row].sum()) for part in prefill.inputs.sharers if part is not None]
             counts = TokenCounts(int(mask[row].sum()), tuple(read), len(new))
-            answers.append(
-                Generation(tokenizer.decode(new, skip_special_tokens=True), new, counts, prefill.timings, raw)
-            )
+            text = str(tokenizer.decode(new, skip_special_tokens=True))
+            answers.append(Generation(text, new, counts, prefill.timings, raw))
         return answers
 
     # --- other doors to the same path ---------------------------------------------------------------------------
@@ -331,7 +330,7 @@ def _speaker(
     fuser: Fuser, cache: DynamicCache, part: SharerInputs, columns: torch.Tensor, stop: int, device
 ) -> Speaker:
     at = part.alignment[:, columns]  # (B, P)
-    theirs = kv.gather(cache, at.to(cache.layers[0].keys.device), fuser.config.layer_map)
+    theirs = kv.gather(cache, at.to(kv.device(cache)), fuser.config.layer_map)
     positions = kv.position_ids(part.mask).gather(1, at)
     return Speaker(fuser, theirs.to(device), positions.to(device), (part.due[:, columns] == stop).to(device))
 

@@ -20,7 +20,7 @@ class _Stopped(StoppingCriteria):
     def __init__(self) -> None:
         self.event = threading.Event()
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids, scores, **kwargs):  # type: ignore[override]
         import torch
 
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)

@@ -101,7 +101,7 @@ def scatter(cache: DynamicCache, positions: torch.Tensor, mask: torch.Tensor, kv
 
 def clone(cache: DynamicCache) -> DynamicCache:
     """A cache that can be extended without changing the original. Tensors are shared: nothing writes into them."""
-    return from_tensors([(layer.keys, layer.values) for layer in cache.layers])
+    return from_tensors(_held(cache))
 
 
 def from_tensors(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
@@ -114,15 +114,23 @@ def from_tensors(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Dynamic
 
 def stack(cache: DynamicCache) -> torch.Tensor:
     """All keys and values as one tensor (2, L, B, H, N, D)."""
-    return torch.stack(
-        [torch.stack([layer.keys for layer in cache.layers]), torch.stack([layer.values for layer in cache.layers])]
-    )
+    return torch.stack([torch.stack(side) for side in zip(*_held(cache), strict=True)])
+
+
+def device(cache: DynamicCache) -> torch.device:
+    """Where the cache lies."""
+    return _held(cache)[0][0].device
+
+
+def _held(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of every layer. transformers' types allow layers without any; `check` has ruled those out."""
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr, misc]
 
 
 def truncate(cache: DynamicCache, size: int) -> None:
     """Keep the first `size` positions."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[..., :size, :], layer.values[..., :size, :]
+    for layer, (keys, values) in zip(cache.layers, _held(cache), strict=True):
+        layer.keys, layer.values = keys[..., :size, :], values[..., :size, :]  # type: ignore[union-attr]
 
 
 def repeat_rows(cache: DynamicCache, times: int) -> None:

@@ -43,7 +43,7 @@ class LanguageModel:
         Raises:
             ModelError: no per-token KV cache, no fast tokenizer, or weights that are not finite.
         """
-        name = name or Path(model.config.name_or_path).name or type(model).__name__
+        name = name or Path(model.config.name_or_path or "").name or type(model).__name__
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 f"{name} has no fast tokenizer, so its tokens cannot be traced to characters",

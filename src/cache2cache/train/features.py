@@ -28,7 +28,11 @@ from cache2cache.types import ModelCard
 _SHARD_ROWS = 64
 
 
-def row_key(ids: Sequence[int]) -> str:
+Ids = Sequence[int] | np.ndarray
+"""Token ids of one prompt."""
+
+
+def row_key(ids: Ids) -> str:
     """Key of one prompt: a digest of its token ids."""
     return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()[:24]
 
@@ -54,7 +58,7 @@ class PrefillStore:
         for path in sorted(self.folder.glob("*.safetensors")):
             self._index(path)
 
-    def __contains__(self, ids: Sequence[int]) -> bool:
+    def __contains__(self, ids: Ids) -> bool:
         return row_key(ids) in self._shard_of
 
     def __len__(self) -> int:
@@ -65,7 +69,7 @@ class PrefillStore:
         size = self.card.geometry
         return 2 * size.layers * size.features * self.dtype.itemsize * tokens
 
-    def load(self, ids: Sequence[int]) -> torch.Tensor:
+    def load(self, ids: Ids) -> torch.Tensor:
         """The cache of one prompt, (2, L, H, n, D).
 
         Raises:
@@ -76,7 +80,7 @@ class PrefillStore:
             raise DataError("no prefill stored for a prompt", got=f"{len(ids)} tokens", hint="Call compute() first")
         return self._shard_of[key].get_tensor(key)
 
-    def compute(self, lm: LanguageModel, prompts: Iterable[Sequence[int]], *, batch_tokens: int = 1024) -> None:
+    def compute(self, lm: LanguageModel, prompts: Iterable[Ids], *, batch_tokens: int = 1024) -> None:
         """Prefill whatever is missing; an interrupted run goes on where it stopped.
 
         Args:

@@ -76,9 +76,10 @@ class FuserTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any):
         """AdamW without weight decay on gates, norms and biases, which are not directions to shrink."""
         if self.optimizer is None:
-            decayed = {name for name, _ in self.model.named_parameters() if name.endswith(".weight")}
+            parameters = list(self.model.named_parameters())  # type: ignore[union-attr]
+            decayed = {name for name, _ in parameters if name.endswith(".weight")}
             groups = [
-                {"params": [p for n, p in self.model.named_parameters() if p.requires_grad and (n in decayed) == keep],
+                {"params": [p for n, p in parameters if p.requires_grad and (n in decayed) == keep],
                  "weight_decay": self.args.weight_decay if keep else 0.0}
                 for keep in (True, False)
             ]  # fmt: skip
