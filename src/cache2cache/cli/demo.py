@@ -38,9 +38,16 @@ def demo(
     questions = read_questions(str(files("cache2cache") / "data" / "demo_questions.jsonl"))[:limit]
     console.print(
         f"receiver [bold]{DEMO_RECEIVER}[/] ← sharer [bold]{DEMO_SHARER}[/], "
-        f"{len(questions)} test questions, greedy; – is an answer that names no letter\n"
+        f"{len(questions)} test questions, greedy. – names no letter.\n"
     )
-    ways = systems(pair, message_tokens=message_tokens, max_new_tokens=8)
+    stems = {q.messages()[0]["content"]: q.question for q in questions}
+    ways = systems(
+        pair,
+        message_tokens=message_tokens,
+        topic=lambda conversation: stems[conversation[-1]["content"]],
+        max_new_tokens=8,
+        stop_strings=["\n"],  # a sharer that completes text would go on with the next question
+    )
     start = time.perf_counter()
     rows: list[tuple[Question, dict[str, Answer]]] = []
     with Live(console=console, refresh_per_second=4) as live:

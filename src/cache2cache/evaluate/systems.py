@@ -34,11 +34,22 @@ class Answer:
 System = Callable[[Sequence[Conversation]], list[Answer]]
 
 
-def systems(pair: C2C, *, message_tokens: int = 64, **generate_kwargs: Any) -> dict[str, System]:
+def last_content(conversation: Conversation) -> str:
+    return conversation[-1]["content"]
+
+
+def systems(
+    pair: C2C,
+    *,
+    message_tokens: int = 64,
+    topic: Callable[[Conversation], str] = last_content,
+    **generate_kwargs: Any,
+) -> dict[str, System]:
     """The four systems of a pair with one sharer.
 
     Args:
         message_tokens: most tokens of a text-to-text message.
+        topic: what the sharer is asked to write about; in the paper's protocol the question without its options.
         generate_kwargs: for the answers; decoding is greedy unless they say otherwise.
     """
     (sharer,), (fuser,) = pair.sharers, pair.fusers
@@ -48,7 +59,7 @@ def systems(pair: C2C, *, message_tokens: int = 64, **generate_kwargs: Any) -> d
 
     def text_to_text(conversations: Sequence[Conversation]) -> list[Answer]:
         start = time.perf_counter()
-        asked = [with_last(c, SHARER_PROMPT.format(question=c[-1]["content"])) for c in conversations]
+        asked = [with_last(c, SHARER_PROMPT.format(question=topic(c))) for c in conversations]
         messages = _many(writing, asked, do_sample=False, max_new_tokens=message_tokens)
         told = [
             with_last(c, f"{message.text.strip()}\n\n{c[-1]['content']}")
