@@ -60,7 +60,7 @@ def demo(
     console.print(_totals(rows))
     seconds = time.perf_counter() - start
     console.print(
-        f"{len(questions)} questions in {seconds:.0f} s. So few show how it works, not how well: "
+        f"{len(questions)} asked in {seconds:.0f} s. So few show how it works, not how well: "
         "the README has accuracies with intervals.",
         style="dim",
         highlight=False,

@@ -10,13 +10,13 @@ from cache2cache.models import pull
 def test_every_question_is_answered_in_four_ways(asked, monkeypatch):
     pulled = []
     monkeypatch.setattr(pull, "pull", pulled.append)
-    result = CliRunner().invoke(app, ["demo", "--limit", "2", "--message-tokens", "3"])
+    result = CliRunner().invoke(app, ["demo", "--limit", "1", "--message-tokens", "3"])
     assert result.exit_code == 0, result.output
     assert pulled == ["smollm2-135m", "qwen2.5-coder-1.5b"] == [asked["receiver"], *asked["sharers"]]
     assert asked["fusers"] == ["demo"]
-    for words in ("receiver", "sharer", "text-to-text", "c2c", "totals", "2 questions in"):
+    for words in ("receiver", "sharer", "text-to-text", "c2c", "totals", "1 asked in"):
         assert words in result.output
-    assert result.output.count("ARC-E") == result.output.count("ARC-C") == 1
+    assert result.output.count("ARC-E") == 1
 
 
 def test_the_bundled_questions_come_from_four_test_sets_and_need_every_letter():
