@@ -57,7 +57,7 @@ def demo(
             for name in SYSTEMS:
                 (answers[name],) = ways[name]([question.messages()])
                 live.update(_table(rows, console.width))
-    console.print(_totals(rows))
+    console.print("\n", _totals(rows), sep="")
     seconds = time.perf_counter() - start
     console.print(
         f"{len(questions)} asked in {seconds:.0f} s. So few show how it works, not how well: "
@@ -109,7 +109,7 @@ def _cell(question: Question, answer: Answer) -> str:
 
 
 def _totals(rows: list[tuple[Question, dict[str, Answer]]]) -> Table:
-    table = _plain_table(title="\ntotals", title_justify="left")
+    table = _plain_table(title="totals", title_justify="left")
     for column in ("", "right", "no letter", "seconds each", "sharer wrote"):
         table.add_column(column, justify="left" if not column else "right")
     for name in SYSTEMS:
