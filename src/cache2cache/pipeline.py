@@ -215,7 +215,17 @@ class C2C:
 
     @torch.no_grad()
     def decode(self, prefill: Prefill, **generate_kwargs: Any) -> list[Generation]:
-        """Let the receiver answer from a fused cache, which is extended by what it writes."""
+        """Let the receiver answer from a fused cache, which is extended by what it writes: a `Prefill` serves once.
+
+        Raises:
+            ContextLengthError, GenerationError: see `generation_options`; also for a prefill that was decoded before.
+        """
+        if kv.length(prefill.cache) != prefill.ids.shape[1] - 1:
+            raise GenerationError(
+                "the cache does not hold the prompt but its last token",
+                got=f"{kv.length(prefill.cache)} positions", allowed=prefill.ids.shape[1] - 1,
+                hint="A prefill can be decoded once: read it again, or decode a copy of it",
+            )  # fmt: skip
         model, tokenizer = self.receiver.model, self.receiver.tokenizer
         ids, mask = prefill.ids.to(model.device), prefill.mask.to(model.device)
         options, expand = generation_options(self.receiver, ids.shape[1], generate_kwargs)
@@ -227,7 +237,8 @@ class C2C:
         for i, new in enumerate(sequences[:, ids.shape[1] :].tolist()):
             new = _until_end(new, options["eos_token_id"])
             row = i * len(ids) // len(sequences)
-            read = [int(part.mask[row].sum()) for part in prefill.inputs.sharers if part is not None]
+            spoke = [part for part in prefill.inputs.sharers if part is not None and part.due[row].any()]
+            read = [int(part.mask[row].sum()) for part in spoke]
             counts = TokenCounts(int(mask[row].sum()), tuple(read), len(new))
             text = str(tokenizer.decode(new, skip_special_tokens=True))
             answers.append(Generation(text, new, counts, prefill.timings, raw))

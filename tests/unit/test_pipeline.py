@@ -174,6 +174,13 @@ def test_options_that_would_read_the_prompt_twice_are_refused(pair, option):
         pair.generate(CONVERSATIONS[0], **option, **GREEDY)
 
 
+def test_a_prefill_is_decoded_once(pair):
+    prefill = pair.prefill(CONVERSATIONS[0])
+    assert pair.decode(prefill, **GREEDY)[0].ids == pair.generate(CONVERSATIONS[0], **GREEDY).ids
+    with pytest.raises(GenerationError, match="decoded once"):
+        pair.decode(prefill, **GREEDY)
+
+
 def test_an_answer_tells_tokens_and_times(pair):
     answer = pair.generate(CONVERSATIONS[1], **GREEDY)
     assert answer.counts.generated == len(answer.ids) <= 10
@@ -221,6 +228,8 @@ def test_who_speaks_is_chosen_per_request_and_per_row(trio):
     assert batch == [trio.generate(c, sharers=w, **GREEDY).ids for c, w in zip(CONVERSATIONS, who, strict=False)]
     one = [trio.generate(CONVERSATIONS[2], sharers=w, **GREEDY).ids for w in who]
     assert len({tuple(answer) for answer in one}) == 4
+    counts = [g.counts.sharer_prompt for g in trio.generate(CONVERSATIONS[:4], sharers=who, **GREEDY)]
+    assert [len(c) for c in counts] == [1, 1, 2, 0]
 
 
 def test_parallel_adds_deltas_and_sequential_chains_them(trio):
