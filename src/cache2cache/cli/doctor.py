@@ -16,9 +16,9 @@ from cache2cache.cli.console import ExitCode
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf", "numpy")
 OFFERS = {
-    "train": "train fusers: c2c train",
-    "eval": "statistics and figures for evaluation",
-    "serve": "an HTTP server",
+    "train": "training data in .zst files",
+    "eval": "statistics and figures for benchmarks",
+    "serve": "what a server will need; there is none yet",
     "test": "this package's own tests",
 }
 """Extra → what it is for."""
