@@ -149,15 +149,16 @@ def with_sharer_of(row: Row, other: Row) -> Row:
 
 
 def summarise(right: dict[str, np.ndarray]) -> dict:
-    """Accuracies in per cent with Wilson intervals, and correct − mismatched with a paired bootstrap interval."""
+    """Accuracies in per cent with Wilson intervals, and paired differences with bootstrap intervals."""
     n = len(right["c2c"])
     out: dict = {"rows": n}
     for name, rows in right.items():
         interval = stats.binomtest(int(rows.sum()), n).proportion_ci(method="wilson")
         out[name] = [round(100 * x, 1) for x in (rows.mean(), interval.low, interval.high)]
-    difference = 100 * (right["c2c"].astype(float) - right["mismatched"])
-    interval = stats.bootstrap((difference,), np.mean, rng=np.random.default_rng(0)).confidence_interval
-    out["c2c_minus_mismatched"] = [round(float(x), 1) for x in (difference.mean(), interval.low, interval.high)]
+    for other in ("mismatched", "sharer"):
+        difference = 100 * (right["c2c"].astype(float) - right[other])
+        interval = stats.bootstrap((difference,), np.mean, rng=np.random.default_rng(0)).confidence_interval
+        out[f"c2c_minus_{other}"] = [round(float(x), 1) for x in (difference.mean(), interval.low, interval.high)]
     return out
 
 
