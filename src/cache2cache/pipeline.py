@@ -29,7 +29,7 @@ DEFAULT_NEW_TOKENS = 256
 """Asked for when neither max_new_tokens nor max_length is given, as far as the context has room."""
 
 REFUSED_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
-"""With these, transformers (5.0 to 5.19 at least) ignores that a cache holds the prompt already."""
+"""With these, transformers 5.19 ignores that a cache holds the prompt already."""
 
 Model = LanguageModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
