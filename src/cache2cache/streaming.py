@@ -6,6 +6,7 @@ import threading
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from cache2cache.types import Generation
@@ -21,8 +22,6 @@ class _Stopped(StoppingCriteria):
         self.event = threading.Event()
 
     def __call__(self, input_ids, scores, **kwargs):  # type: ignore[override]
-        import torch
-
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
