@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,31 @@ def endless(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@contextmanager
+def streaming(model: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`c2c generate --stream`, once it has begun to answer."""
+    args = (*COMMAND, "generate", "hi", "-r", str(model), "--no-sharer", "--stream", "--max-new-tokens", "90000")
+
+    def hear_ctrl_c() -> None:
+        # A shell starts its background jobs, and so a test run in one, with SIGINT ignored; children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c if os.name == "posix" else None
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.read(1), "it has begun to answer"
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to send there")
 def test_ctrl_c_ends_a_stream_without_a_traceback(endless: Path):
-    args = (*COMMAND, "generate", "hi", "-r", str(endless), "--no-sharer", "--stream", "--max-new-tokens", "90000")
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.read(1), "it has begun to answer"
+    with streaming(endless) as process:
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in said
     assert said.strip() == b""
@@ -39,12 +58,9 @@ def test_ctrl_c_ends_a_stream_without_a_traceback(endless: Path):
 
 @pytest.mark.skipif(os.name == "nt", reason="another kind of pipe")
 def test_a_reader_that_leaves_is_no_error(endless: Path):
-    args = (*COMMAND, "generate", "hi", "-r", str(endless), "--no-sharer", "--stream", "--max-new-tokens", "90000")
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with streaming(endless) as process:
         assert process.stdout is not None
-        assert process.stdout.read(1)
         process.stdout.close()
-        assert process.stderr is not None
-        said = process.stderr.read()
-        process.wait(timeout=120)
+        process.stdout = None
+        _, said = process.communicate(timeout=60)
     assert said.strip() == b""
