@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -87,7 +86,7 @@ def lines(path: Path) -> Iterator[str]:
 
 
 class Contamination:
-    """Finds rows whose question is an evaluation question or shares a run of 13 words with one."""
+    """Finds texts that are an evaluation question or share a run of 13 words with one."""
 
     def __init__(self, evaluation: Iterable[Question]):
         self._questions: set[str] = set()
@@ -97,8 +96,8 @@ class Contamination:
             self._questions.add(" ".join(words))
             self._runs.update(_runs(words))
 
-    def __contains__(self, row: Question) -> bool:
-        words = _words(row.question)
+    def __contains__(self, text: str) -> bool:
+        words = _words(text)
         return " ".join(words) in self._questions or not self._runs.isdisjoint(_runs(words))
 
 
@@ -108,10 +107,3 @@ def _words(text: str) -> list[str]:
 
 def _runs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
     return (tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1))
-
-
-def write_questions(path: str | Path, rows: Iterable[Question]) -> None:
-    """Write rows as JSONL."""
-    Path(path).write_text(
-        "".join(json.dumps(row.model_dump(), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache2cache.errors import ModelError
 from cache2cache.models import kv
@@ -129,12 +129,6 @@ def load(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{name} could not be loaded", got=f"{type(error).__name__}: {error}") from error
     return LanguageModel.wrap(model.to(device), tokenizer, name=source.name, revision=revision)  # type: ignore[arg-type]
-
-
-def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """A model's config without its weights."""
-    source, revision = _source(name, revision)
-    return AutoConfig.from_pretrained(source.location, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _source(name: str | Path, revision: str | None) -> tuple[Source, str | None]:

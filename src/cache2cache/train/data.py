@@ -32,6 +32,11 @@ class Example:
     response: str
     question: Question | None = None
 
+    @property
+    def asked(self) -> str:
+        """What must not be an evaluation question: the question, or a chat's last message."""
+        return self.messages[-1]["content"] if self.question is None else self.question.question
+
 
 def read_examples(path: Path) -> list[Example]:
     """Rows of a file: multiple choice, or chats whose last message is the assistant's.
@@ -64,7 +69,7 @@ def sample(
     chosen, dropped = [], 0
     for source in sources:
         rows = read_examples(folder / source.path)
-        kept = [row for row in rows if avoid is None or row.question is None or row.question not in avoid]
+        kept = [row for row in rows if avoid is None or row.asked not in avoid]
         dropped += len(rows) - len(kept)
         if source.limit is not None and source.limit > len(kept):
             raise DataError(f"{source.path} has too few rows", got=len(kept), allowed=f"at least {source.limit}")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cache2cache.errors import DataError
-from cache2cache.evaluate.questions import Contamination, Question, read_questions, write_questions
+from cache2cache.evaluate.questions import Contamination, Question, read_questions
 
 ROW = {"id": "1", "subject": "s", "question": "Which is a colour?", "choices": ["red", "seven"], "answer": 0}
 
@@ -20,12 +20,6 @@ def test_a_question_is_asked_as_one_user_turn(tmp_path):
     (message,) = question.messages()
     assert message["content"] == "Question: Which is a colour?\nA. red\nB. seven\nAnswer with the letter."
     assert (question.letters, question.letter) == ("AB", "A")
-
-
-def test_rows_survive_writing_and_reading(tmp_path):
-    rows = [Question(**ROW), Question(**ROW | {"id": "2", "question": "Ünïcode 🚀?"})]
-    write_questions(tmp_path / "q.jsonl", rows)
-    assert read_questions(tmp_path / "q.jsonl") == rows
 
 
 def test_rows_marked_wrong_are_left_out(tmp_path):
@@ -56,6 +50,6 @@ def test_a_missing_file_is_named(tmp_path):
 def test_contamination_is_the_same_question_or_a_run_of_13_words():
     words = [f"word{i}" for i in range(30)]
     known = Contamination([Question(**ROW), Question(**ROW | {"question": " ".join(words)})])
-    assert Question(**ROW | {"question": "which IS a colour"}) in known
-    assert Question(**ROW | {"question": "so " + " ".join(words[5:18]) + " it says"}) in known
-    assert Question(**ROW | {"question": "so " + " ".join(words[5:17]) + " it says"}) not in known
+    assert "which IS a colour" in known
+    assert "so " + " ".join(words[5:18]) + " it says" in known
+    assert "so " + " ".join(words[5:17]) + " it says" not in known

@@ -139,6 +139,16 @@ def test_contaminated_rows_are_dropped(data):
     assert held_out["question"] not in {example.question.question for example in train}
 
 
+def test_contaminated_chats_are_dropped_too(data):
+    leaked = json.loads((data / "dev.jsonl").read_text().splitlines()[0])["question"]
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}] for text in (leaked, "hi there")
+    ]
+    (data / "train.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    train, _, dropped = split(data, recipe().data, 0)
+    assert dropped == 1 and [example.asked for example in train] == ["hi there"]
+
+
 def test_chats_are_training_rows_too(tmp_path):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}))
