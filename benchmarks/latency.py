@@ -21,7 +21,7 @@ import torch
 
 from cache2cache import C2C
 from cache2cache.evaluate.questions import read_questions
-from cache2cache.evaluate.systems import SHARER_PROMPT, with_last
+from cache2cache.evaluate.systems import MESSAGE_PROMPT, with_last
 from cache2cache.types import Conversation, Timings
 
 ANSWER_TOKENS = 8
@@ -91,7 +91,7 @@ def end_to_end(pair: C2C, tokens: int, messages: list[int], repeat: int) -> dict
     exactly = {"do_sample": False, "min_new_tokens": ANSWER_TOKENS, "max_new_tokens": ANSWER_TOKENS}
 
     def text_to_text(size: int) -> None:
-        request = with_last(asked, SHARER_PROMPT.format(question=asked[-1]["content"]))
+        request = with_last(asked, MESSAGE_PROMPT.format(topic=asked[-1]["content"]))
         message = writing.generate(request, do_sample=False, min_new_tokens=size, max_new_tokens=size)
         pair.generate(with_last(asked, f"{message.text}\n\n{asked[-1]['content']}"), sharers=[], **exactly)
 

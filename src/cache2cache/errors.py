@@ -92,5 +92,9 @@ class DataError(C2CError, ValueError):
     """Rows that do not have the promised form."""
 
 
+class EvaluationError(C2CError, RuntimeError):
+    """A system that fails on more rows than a run allows, or that breaks the promises of its interface."""
+
+
 class MissingExtraError(C2CError, ImportError):
     """A feature whose optional dependencies are not installed."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cache2cache import __version__
-from cache2cache.cli import chat, demo, doctor, fuser, generate, pull, train
+from cache2cache.cli import chat, demo, doctor, evaluate, fuser, generate, pull, train
 from cache2cache.cli.console import EXIT_CODES, Program
 
 app = typer.Typer(cls=Program, no_args_is_help=True, epilog=EXIT_CODES, rich_markup_mode="rich")
@@ -41,6 +41,7 @@ app.command()(chat.chat)
 app.command()(pull.pull)
 app.add_typer(fuser.app, name="fuser")
 app.command()(train.train)
+app.add_typer(evaluate.app, name="eval")
 app.command()(doctor.doctor)
 
 

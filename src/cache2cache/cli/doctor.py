@@ -17,7 +17,8 @@ from cache2cache.cli.console import ExitCode
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf", "numpy")
 OFFERS = {
     "train": "training data in .zst files",
-    "eval": "statistics and figures for benchmarks",
+    "eval": "c2c eval: tasks, statistics, figures",
+    "lm-eval": "the model c2c for lm-evaluation-harness",
     "serve": "what a server will need; there is none yet",
     "test": "this package's own tests",
 }

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -56,7 +57,7 @@ def read_questions(path: str | Path, *, limit: int | None = None, seed: int = 0)
         DataError: no such file, or a row of another form.
     """
     rows = []
-    for number, line in enumerate(lines(Path(path)), 1):
+    for number, line in numbered_lines(Path(path)):
         try:
             row = Question.model_validate_json(line)
         except ValidationError as error:
@@ -70,19 +71,33 @@ def read_questions(path: str | Path, *, limit: int | None = None, seed: int = 0)
     return rows if limit is None or limit >= len(rows) else random.Random(seed).sample(rows, limit)
 
 
-def lines(path: Path) -> Iterator[str]:
-    """Non-empty lines of a text file, plain or `.zst`."""
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Non-empty lines of a text file, plain or `.zst`, with their numbers counted from 1. Only line feeds end a line.
+
+    Raises:
+        DataError: no such file, or it is damaged or not UTF-8.
+        MissingExtraError: a .zst file, and zstandard is not installed.
+    """
     if not path.is_file():
         raise DataError("no such data file", got=path, allowed="a .jsonl or .jsonl.zst file")
-    if path.suffix != ".zst":
-        yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-        return
-    try:
-        import zstandard
-    except ImportError as error:
-        raise MissingExtraError("reading .zst needs zstandard", hint="pip install 'cache2cache[train]'") from error
-    with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-        yield from (line for line in io.TextIOWrapper(stream, encoding="utf-8") if line.strip())
+    damaged: tuple[type[Exception], ...] = (UnicodeDecodeError,)
+    with path.open("rb") as raw:
+        stream: Any = raw
+        if path.suffix == ".zst":
+            try:
+                import zstandard
+            except ImportError as error:
+                raise MissingExtraError(
+                    "reading .zst needs zstandard", hint="pip install 'cache2cache[train]'"
+                ) from error
+            damaged += (zstandard.ZstdError,)
+            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        try:
+            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n"), 1):
+                if line.strip():
+                    yield number, line
+        except damaged as error:
+            raise DataError("a data file is damaged or not UTF-8", got=f"{path}: {error}") from error
 
 
 class Contamination:

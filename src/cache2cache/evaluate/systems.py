@@ -1,106 +1,193 @@
-"""The ways of answering that are compared: receiver alone, sharer alone, text-to-text, C2C."""
+"""The systems that are compared, the controls among them. All answer greedily and differ only in what they read."""
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from cache2cache.pipeline import C2C
-from cache2cache.types import Conversation, Generation, Message
+from cache2cache.evaluate import scoring
+from cache2cache.evaluate.forms import Form, kind_of
+from cache2cache.evaluate.heard import Listen
+from cache2cache.evaluate.items import Answer, Item
+from cache2cache.evaluate.prefills import Prefills
+from cache2cache.models.load import LanguageModel
+from cache2cache.pipeline import C2C, pad_id
+from cache2cache.types import Conversation, Message, Timings, clock
 
-SHARER_PROMPT = (
-    "In one clear sentence, describe the most essential background knowledge needed to answer the question: {question} "
+MESSAGE_PROMPT = (
+    "In one clear sentence, describe the most essential background knowledge needed to answer the question: {topic} "
     "Do NOT directly solve or give answer to the question."
 )
 """What the sharer is asked in text-to-text. Source: arXiv 2510.03215, A.3.6."""
 
+FAIR_PROMPT = (
+    "{content}\n\nSomebody who knows less than you must answer this. Write them a note of at most three sentences: the "
+    "facts that matter, and which answer is right."
+)
+"""The same for a sharer that sees everything and may answer."""
 
-@dataclass(frozen=True)
-class Answer:
-    """One system's answer to one conversation."""
-
-    generation: Generation
-    seconds: float
-    """For the whole batch that it was part of, from messages to text."""
-    message: str | None = None
-    """What the sharer wrote to the receiver, in text-to-text."""
-    message_ids: tuple[int, ...] = ()
-    """Its tokens."""
+Forms = Mapping[str, Form]
+"""How a model is asked when it answers alone: a form for "choice" and one for "text"."""
 
 
-System = Callable[[Sequence[Conversation]], list[Answer]]
-
-
-def last_content(conversation: Conversation) -> str:
-    return conversation[-1]["content"]
-
-
-def systems(
-    pair: C2C,
-    *,
-    message_tokens: int = 64,
-    topic: Callable[[Conversation], str] = last_content,
-    **generate_kwargs: Any,
-) -> dict[str, System]:
-    """The four systems of a pair with one sharer.
+class Alone:
+    """A model that answers by itself, asked in the form that serves it best.
 
     Args:
-        message_tokens: most tokens of a text-to-text message.
-        topic: what the sharer is asked to write about; in the paper's protocol the question without its options.
-        generate_kwargs: for the answers; decoding is greedy unless they say otherwise.
+        unit: the receiver of the comparison, in whose tokens targets are counted.
+        sharer: whether this is a sharer, whose prefills the fused systems may share.
     """
-    (sharer,), (fuser,) = pair.sharers, pair.fusers
-    options = {"do_sample": False, **generate_kwargs}
-    # The sharer answers from the prompt that it shares its cache from, and writes messages as the chat model that it is.
-    answering, writing = C2C(sharer, template=fuser.config.sharer_template), C2C(sharer)
 
-    def text_to_text(conversations: Sequence[Conversation]) -> list[Answer]:
-        start = time.perf_counter()
-        asked = [with_last(c, SHARER_PROMPT.format(question=topic(c))) for c in conversations]
-        messages = _many(writing, asked, do_sample=False, max_new_tokens=message_tokens)
-        told = [
-            with_last(c, f"{message.text.strip()}\n\n{c[-1]['content']}")
-            for c, message in zip(conversations, messages, strict=True)
-        ]
-        answers = _many(pair, told, sharers=[], **options)
+    def __init__(
+        self, name: str, lm: LanguageModel, forms: Forms, prefills: Prefills, unit: LanguageModel, *, sharer: bool
+    ):
+        self.name, self.forms = name, forms
+        self._pairs = {kind: C2C(lm, template=form.template) for kind, form in forms.items()}
+        self._prefills, self._unit, self._sharer = prefills, unit.tokenizer, sharer
+
+    def answer(self, items: Sequence[Item]) -> list[Answer]:
+        """See `System`."""
+        kind = kind_of(items[0])
+        return self.told(items, [item.wordings[self.forms[kind].wording] for item in items])
+
+    def told(self, items: Sequence[Item], conversations: Sequence[Conversation]) -> list[Answer]:
+        """Answer items that are put in other words than their own."""
+        start, timings = time.perf_counter(), Timings()
+        pair = self._pairs[kind_of(items[0])]
+        rows = pair.rows(conversations, timings=timings)
+        prefill = self._prefills.alone(pair, rows, timings, whole=self._sharer)
+        found = scoring.answers(pair, prefill, items, self._unit)
+        if self._sharer:
+            found = [_as_sharer(answer) for answer in found]
         seconds = time.perf_counter() - start
-        return [Answer(a, seconds, m.text, tuple(m.ids)) for a, m in zip(answers, messages, strict=True)]
+        return [replace(answer, seconds=seconds) for answer in found]
 
-    return {
-        "receiver": lambda conversations: _timed(pair, conversations, sharers=[], **options),
-        "sharer": lambda conversations: _timed(answering, conversations, **options),
-        "text-to-text": text_to_text,
-        "c2c": lambda conversations: _timed(pair, conversations, **options),
-    }
+
+def _as_sharer(answer: Answer) -> Answer:
+    cost = answer.cost
+    return replace(
+        answer,
+        cost=replace(
+            cost,
+            receiver_read=0, receiver_wrote=0, sharer_read=cost.receiver_read, sharer_wrote=cost.receiver_wrote,
+        ),
+    )  # fmt: skip
+
+
+class Fused:
+    """C2C: the receiver answers from a cache into which other caches are fused.
+
+    Args:
+        listen: what is heard as the sharers' caches: their own, or what a control puts in their place.
+        speaking: indices of the sharers that speak; all by default.
+    """
+
+    def __init__(self, name: str, pair: C2C, prefills: Prefills, listen: Listen, speaking: Sequence[int] | None = None):
+        self.name = name
+        self._pair, self._prefills, self._listen, self._speaking = pair, prefills, listen, speaking
+
+    def answer(self, items: Sequence[Item]) -> list[Answer]:
+        """See `System`."""
+        start, timings = time.perf_counter(), Timings()
+        rows = self._pair.rows([item.messages for item in items], self._speaking, timings)
+        rows, heard = self._listen(items, rows)
+        prefill = self._prefills.fused(self._pair, rows, heard, timings)
+        found = scoring.answers(self._pair, prefill, items, self._pair.receiver.tokenizer)
+        crossed = [_crossing_bytes(self._pair, row) for row in rows]
+        seconds = time.perf_counter() - start
+        return [
+            replace(answer, cost=replace(answer.cost, cache_bytes=size), seconds=seconds)
+            for answer, size in zip(found, crossed, strict=True)
+        ]
+
+
+def _crossing_bytes(pair: C2C, row) -> int:
+    """Sharer cache that a fusion reads: each aligned position of each mapped layer once, keys and values."""
+    total = 0
+    for lm, fuser, part in zip(pair.sharers, pair.fusers, row.sharers, strict=True):
+        if part is not None:
+            positions = len(set(part.alignment[part.due > 0].tolist()))
+            per_layer = 2 * lm.card.geometry.features * lm.dtype.itemsize
+            total += positions * len(set(fuser.config.layer_map)) * per_layer
+    return total
+
+
+class TextToText:
+    """The sharers write to the receiver, which then reads what they wrote before the question.
+
+    Args:
+        receiver: how the receiver answers alone.
+        ask: the request that an item becomes for the sharers.
+        message_tokens: most tokens of a message.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        receiver: Alone,
+        sharers: Sequence[LanguageModel],
+        ask: Callable[[Item], Conversation],
+        message_tokens: int,
+    ):
+        self.name = name
+        self._receiver, self._ask, self._message_tokens = receiver, ask, message_tokens
+        self._writers = [C2C(lm) for lm in sharers]
+
+    def answer(self, items: Sequence[Item]) -> list[Answer]:
+        """See `System`."""
+        start, timings = time.perf_counter(), MessageTimings()
+        asked = [self._ask(item) for item in items]
+        read, wrote = [0] * len(items), [0] * len(items)
+        messages: list[list[str]] = [[] for _ in items]
+        for writer in self._writers:
+            with clock(timings, "message"):
+                written = writer.generate(asked, do_sample=False, max_new_tokens=self._message_tokens)
+            assert isinstance(written, list), "a batch is answered with a list"
+            for row, note in enumerate(written):
+                read[row] += note.counts.receiver_prompt
+                wrote[row] += len(scoring.without_padding(note.ids, pad_id(writer.receiver)))
+                messages[row].append(note.text.strip())
+        notes = ["\n\n".join(parts) for parts in messages]
+        wording = self._receiver.forms[kind_of(items[0])].wording
+        told = [_after(note, item.wordings[wording]) for note, item in zip(notes, items, strict=True)]
+        found = self._receiver.told(items, told)
+        vars(timings).update({stage: seconds for stage, seconds in vars(found[0].timings).items() if seconds})
+        seconds = time.perf_counter() - start
+        return [
+            replace(
+                answer,
+                message=note,
+                cost=replace(answer.cost, sharer_read=r, sharer_wrote=w, text_bytes=len(note.encode())),
+                timings=timings,
+                seconds=seconds,
+            )
+            for answer, note, r, w in zip(found, notes, read, wrote, strict=True)
+        ]
+
+
+class MessageTimings(Timings):
+    """Stages of text-to-text: writing the messages comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.message = 0.0
+
+
+def ask_background(item: Item) -> Conversation:
+    """The paper's protocol: background on the question, without the options, without an answer."""
+    return [Message(role="user", content=MESSAGE_PROMPT.format(topic=item.topic))]
+
+
+def ask_all(item: Item) -> Conversation:
+    """The fair variant: the sharer sees what the receiver sees, and may answer."""
+    return with_last(item.messages, FAIR_PROMPT.format(content=item.messages[-1]["content"]))
+
+
+def _after(note: str, conversation: Conversation) -> Conversation:
+    return with_last(conversation, f"{note}\n\n{conversation[-1]['content']}")
 
 
 def with_last(conversation: Conversation, content: str) -> list[Message]:
     """The conversation with another last message."""
     return [*conversation[:-1], Message(role=conversation[-1]["role"], content=content)]
-
-
-def extract_letter(text: str, letters: str) -> str | None:
-    """The letter that an answer names, None if it names none. Never guesses from prose.
-
-    Accepts a letter alone at the start, or after "Answer:", "The answer is", "The correct answer is"; in brackets or
-    asterisks, followed by nothing or punctuation.
-    """
-    lead = r"(?:(?:the\s+)?(?:correct\s+)?(?:answer|option)(?:\s+is)?\s*:?\s*)?"
-    match = re.match(rf"\s*(?i:{lead})[(*\[\s]*([{letters}])(?=\s*$|[).:,*\]\n])", text)
-    return match[1] if match else None
-
-
-def _timed(pair: C2C, conversations: Sequence[Conversation], **options: Any) -> list[Answer]:
-    start = time.perf_counter()
-    answers = _many(pair, conversations, **options)
-    seconds = time.perf_counter() - start
-    return [Answer(answer, seconds) for answer in answers]
-
-
-def _many(pair: C2C, conversations: Sequence[Conversation], **options: Any) -> list[Generation]:
-    answers = pair.generate(list(conversations), **options)
-    assert isinstance(answers, list), "a batch is answered with a list"
-    return answers

@@ -24,19 +24,20 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "user", "assistant")
 
-_BOS = "{% if adds_bos %}{{ bos_token }}{% endif %}"
+BOS = "{% if adds_bos %}{{ bos_token }}{% endif %}"
+"""Jinja text: the beginning of sequence, for the tokenizers that add one."""
 
 TEMPLATES: Mapping[str, str] = MappingProxyType(
     {
         # For models that have no chat template of their own.
         #   System: …⏎⏎User: …⏎⏎Assistant: …⏎⏎User: …⏎⏎Assistant:
-        "plain": _BOS
+        "plain": BOS
         + "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
         + "{{ message['role'] | capitalize + ': ' + message['content'] }}{% endfor %}"
         + "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}",
         # For models that complete text better than they chat.
         #   …⏎⏎…⏎⏎Answer: …⏎⏎…⏎⏎Answer:
-        "completion": _BOS
+        "completion": BOS
         + "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
         + "{{ ('Answer: ' if message['role'] == 'assistant' else '') + message['content'] }}{% endfor %}"
         + "{% if add_generation_prompt %}{{ '\n\nAnswer:' }}{% endif %}",

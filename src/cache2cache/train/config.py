@@ -60,6 +60,9 @@ class OptimPart(_Part):
     eval_steps: int = Field(default=50, gt=0)
     patience: int = Field(default=4, gt=0)
     """Stop after this many evaluations without a better validation loss."""
+    sharer_dropout: float = Field(default=0.0, ge=0, le=1)
+    """Share of training rows that hear the mean sharer features in place of the sharer's cache. At 1 all rows do, those
+    of the validation too: the fuser learns what its parameters alone can bring."""
 
 
 class Recipe(_Part):

@@ -13,8 +13,10 @@ from torch.utils.data import Dataset
 
 from cache2cache import inputs
 from cache2cache.errors import DataError
-from cache2cache.evaluate.questions import Contamination, Question, lines, read_questions
+from cache2cache.evaluate.questions import Contamination, Question, numbered_lines, read_questions
+from cache2cache.fuser.statistics import FeatureStatistics
 from cache2cache.inputs import Row
+from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C, pad_id
 from cache2cache.text.chat import check
@@ -44,13 +46,13 @@ def read_examples(path: Path) -> list[Example]:
     Raises:
         DataError: a row of another form.
     """
-    first = next(iter(lines(path)), None)
+    _, first = next(numbered_lines(path), (0, None))
     if first is None:
         raise DataError(f"{path} has no rows")
     if "choices" in json.loads(first):
         return [Example(row.messages(), row.letter, row) for row in read_questions(path)]
     examples = []
-    for number, line in enumerate(lines(path), 1):
+    for number, line in numbered_lines(path):
         messages = json.loads(line).get("messages")
         try:
             check(messages)
@@ -151,3 +153,33 @@ def left_padded(caches: Sequence[torch.Tensor]) -> torch.Tensor:
     for b, cache in enumerate(caches):
         out[:, :, b, :, width - cache.shape[3] :] = cache
     return out
+
+
+class SharerDropout:
+    """Lets random rows of a batch hear the mean sharer features in place of the sharer's cache.
+
+    Args:
+        rate: share of the rows, while training. At 1 it is every row, and not only while training.
+        statistics: of the sharer's features.
+    """
+
+    def __init__(self, rate: float, statistics: FeatureStatistics):
+        self.rate, self.statistics = rate, statistics
+
+    def __call__(self, theirs: torch.Tensor, mask: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """Draws from torch's global generator of the CPU, which Trainer's checkpoints hold.
+
+        Args:
+            theirs: (2, L_s, B, H_s, M, D_s)
+            mask: (B, M)
+        Returns:
+            As `theirs`, in float32: rounded to fewer bits, rotated means would tell their positions.
+        """
+        if not training and self.rate < 1:
+            return theirs
+        rows = (torch.rand(len(mask)) < self.rate).nonzero().squeeze(-1).to(theirs.device)
+        if not len(rows):
+            return theirs
+        at = kv.position_ids(mask)[rows]
+        mean = self.statistics.mean_cache(at.flatten()).unflatten(3, at.shape)  # (2, L, H, rows, M, D)
+        return theirs.float().index_copy(2, rows, mean.transpose(2, 3))

@@ -37,6 +37,18 @@ def row_key(ids: Ids) -> str:
     return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()[:24]
 
 
+def prefill_rows(lm: LanguageModel, prompts: Sequence[Ids]) -> list[torch.Tensor]:
+    """The cache of each prompt, (2, L, H, n, D) on the CPU, all read in one batch."""
+    width = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), width), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(prompts):
+        ids[i, : len(row)] = torch.as_tensor(row)
+        mask[i, : len(row)] = 1
+    whole = kv.stack(kv.prefill(lm.model, ids.to(lm.device), mask.to(lm.device))).to("cpu")
+    return [whole[:, :, i, :, : len(row)].contiguous() for i, row in enumerate(prompts)]
+
+
 class PrefillStore:
     """Caches of one model on disk, (2, L, H, n, D) each, in safetensors shards that are written whole or not at all.
 
@@ -102,23 +114,14 @@ class PrefillStore:
                 width = len(todo[order[0]])
                 count = max(1, batch_tokens // width)
                 batch, order = order[:count], order[count:]
-                shard |= self._prefill(lm, {key: todo[key] for key in batch})
+                shard |= zip(batch, prefill_rows(lm, [todo[key] for key in batch]), strict=True)
                 bar.advance(task, sum(len(todo[key]) for key in batch))
                 if len(shard) >= _SHARD_ROWS or not order:
-                    self._write(shard)
+                    self.add(shard)
                     shard = {}
 
-    def _prefill(self, lm: LanguageModel, rows: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-        width = max(map(len, rows.values()))
-        ids = torch.zeros((len(rows), width), dtype=torch.long, device=lm.device)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows.values()):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        whole = kv.stack(kv.prefill(lm.model, ids, mask)).to("cpu", self.dtype)
-        return {key: whole[:, :, i, :, : len(row)].contiguous() for i, (key, row) in enumerate(rows.items())}
-
-    def _write(self, shard: dict[str, torch.Tensor]) -> None:
+    def add(self, shard: dict[str, torch.Tensor]) -> None:
+        """Keep the caches of these row keys, all of them or, if interrupted, none."""
         path = self.folder / f"{min(shard)}.safetensors"
         partial = path.with_suffix(f".partial-{os.getpid()}")
         save_file(shard, partial)

@@ -13,12 +13,13 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from cache2cache.fuser.base import Fuser, FuserConfig
 from cache2cache.fuser.compact import CompactFuser
 from cache2cache.fuser.layer_map import LAYER_MAPS
+from cache2cache.fuser.statistics import FeatureStatistics
 from cache2cache.inputs import Inputs, SharerInputs
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel, load
 from cache2cache.pipeline import C2C
 from cache2cache.train.config import Recipe
-from cache2cache.train.data import Collator, FeatureDataset, split
+from cache2cache.train.data import Collator, FeatureDataset, SharerDropout, split
 from cache2cache.train.features import PrefillStore
 from cache2cache.verify import check_rotation
 
@@ -28,9 +29,10 @@ _STATISTICS_ROWS = 256
 class TrainingStep(nn.Module):
     """What Trainer trains: one fuser inside a frozen pair. Only the fuser is a submodule, so only it is saved."""
 
-    def __init__(self, pair: C2C):
+    def __init__(self, pair: C2C, dropout: SharerDropout | None = None):
         super().__init__()
         (self.fuser,) = pair.fusers
+        self._dropout = dropout
         self._pair = [pair]  # in a list, so that the frozen models do not become submodules
 
     def forward(
@@ -45,6 +47,8 @@ class TrainingStep(nn.Module):
         prompt = own.shape[4]
         mask, prepared = batch["mask"], as_inputs(batch)
         cache = kv.from_tensors(list(zip(*own.to(pair.receiver.dtype), strict=True)))
+        if self._dropout is not None:
+            theirs = self._dropout(theirs, batch["sharer_mask"], training=self.training)
         sharer_cache = kv.from_tensors(list(zip(*theirs, strict=True)))
         pair.fuse(cache, mask, prompt, prepared, [sharer_cache])
         mask = torch.cat([mask, mask.new_ones((len(mask), tail_ids.shape[1] - 1))], dim=1)
@@ -109,19 +113,18 @@ def train(recipe: Recipe, data_dir: Path, output: Path, features: Path, *, resum
     """
     set_seed(recipe.seed)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    receiver, sharer = (load(name, dtype=recipe.dtype, device=device) for name in (recipe.receiver, recipe.sharer))
+    receiver = load(recipe.receiver, dtype=recipe.dtype, device=device)
+    alone = recipe.sharer == recipe.receiver  # its own sharer: one model, one store of prefills
+    sharer = receiver if alone else load(recipe.sharer, dtype=recipe.dtype, device=device)
     fuser = Fuser.from_config(new_config(recipe, receiver, sharer))
     pair = C2C(receiver, [sharer], [fuser])
     train_rows, validation_rows, dropped = split(data_dir, recipe.data, recipe.seed)
-    stores = PrefillStore(features, receiver.card, receiver.dtype), PrefillStore(features, sharer.card, sharer.dtype)
-    train_set = FeatureDataset(train_rows, pair, *stores)
-    validation_set = FeatureDataset(validation_rows, pair, *stores)
+    own_store = PrefillStore(features, receiver.card, receiver.dtype)
+    their_store = own_store if alone else PrefillStore(features, sharer.card, sharer.dtype)
+    train_set = FeatureDataset(train_rows, pair, own_store, their_store)
+    validation_set = FeatureDataset(validation_rows, pair, own_store, their_store)
     collate = Collator(pair)
-    if isinstance(fuser, CompactFuser):
-        check_rotation(receiver)
-        check_rotation(sharer)
-        standardise(fuser, pair, collate([train_set[i] for i in range(min(_STATISTICS_ROWS, len(train_set)))]))
-    step = TrainingStep(pair)
+    step = TrainingStep(pair, prepared(pair, train_set, collate, recipe.optim.sharer_dropout))
     trainer = FuserTrainer(
         model=step,
         args=arguments(recipe, output),
@@ -162,7 +165,22 @@ def new_config(recipe: Recipe, receiver: LanguageModel, sharer: LanguageModel) -
     )
 
 
-def standardise(fuser: CompactFuser, pair: C2C, batch: dict[str, torch.Tensor]) -> None:
+def prepared(pair: C2C, rows: FeatureDataset, collate: Collator, sharer_dropout: float) -> SharerDropout | None:
+    """What is measured before the first step: a compact fuser's statistics, and the sharer's for dropping it."""
+    (fuser,), (sharer,) = pair.fusers, pair.sharers
+    compact = isinstance(fuser, CompactFuser)
+    if not compact and not sharer_dropout:
+        return None
+    batch = collate([rows[i] for i in range(min(_STATISTICS_ROWS, len(rows)))])
+    if compact:
+        check_rotation(pair.receiver)
+        standardise(fuser, batch)
+    if sharer.card.geometry.rope_of_layer:
+        check_rotation(sharer)
+    return SharerDropout(sharer_dropout, sharer_statistics(sharer, batch)) if sharer_dropout else None
+
+
+def standardise(fuser: CompactFuser, batch: dict[str, torch.Tensor]) -> None:
     """Give a compact fuser the statistics of the positions that it will fuse."""
     rows, columns = batch["due"].nonzero(as_tuple=True)
     at = batch["alignment"][rows, columns]
@@ -172,6 +190,14 @@ def standardise(fuser: CompactFuser, pair: C2C, batch: dict[str, torch.Tensor]) 
     other = batch["theirs"][:, other_layers].permute(0, 1, 3, 2, 4, 5)[:, :, :, rows, at][:, :, None]
     own_positions = kv.position_ids(batch["mask"])[rows, columns][None]
     fuser.standardise(own, other, own_positions, kv.position_ids(batch["sharer_mask"])[rows, at][None])
+
+
+def sharer_statistics(sharer: LanguageModel, batch: dict[str, torch.Tensor]) -> FeatureStatistics:
+    """Statistics of the sharer's positions that a fuser will hear."""
+    at = [alignment[due > 0] for alignment, due in zip(batch["alignment"], batch["due"], strict=True)]
+    caches = (batch["theirs"][:, :, b, :, chosen] for b, chosen in enumerate(at))
+    positions = kv.position_ids(batch["sharer_mask"])
+    return FeatureStatistics.of(sharer.card.geometry, caches, (positions[b, x] for b, x in enumerate(at)))
 
 
 def arguments(recipe: Recipe, output: Path) -> TrainingArguments:

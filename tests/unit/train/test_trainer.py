@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from cache2cache.errors import DataError, RecipeError
 from cache2cache.inputs import collate
 from cache2cache.models import kv
 from cache2cache.pipeline import pad_id
-from cache2cache.testing import random_fuser, tiny_pair
+from cache2cache.testing import TINY_SIZES, random_fuser, tiny_pair
 from cache2cache.train import trainer as training
-from cache2cache.train.config import Recipe, read_recipe
+from cache2cache.train.config import FuserPart, Recipe, read_recipe
 from cache2cache.train.data import Collator, FeatureDataset, read_examples, split
 from cache2cache.train.features import PrefillStore
 
@@ -54,6 +55,13 @@ def pair(monkeypatch):
     return models
 
 
+def assert_same_weights(first: Path, second: Path) -> None:
+    """Of the fusers of two runs, statistics included."""
+    ours, theirs = (Fuser.from_pretrained(run / "fuser").state_dict() for run in (first, second))
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
 def test_training_lowers_the_loss_and_saves_a_fuser_that_fits(pair, data, tmp_path):
     frozen = {n: p.clone() for n, p in pair["tiny-receiver"].model.named_parameters()}
     summary = training.train(recipe(), data, tmp_path / "out", tmp_path / "features")
@@ -68,8 +76,9 @@ def test_training_lowers_the_loss_and_saves_a_fuser_that_fits(pair, data, tmp_pa
         assert torch.equal(parameter, frozen[name]), f"{name} of the frozen receiver was trained"
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(pair, data, tmp_path, monkeypatch):
-    whole = recipe()
+@pytest.mark.parametrize("sharer_dropout", [0.0, 0.3])
+def test_an_interrupted_run_ends_with_the_same_weights(pair, data, tmp_path, monkeypatch, sharer_dropout):
+    whole = recipe(sharer_dropout=sharer_dropout)
     training.train(whole, data, tmp_path / "whole", tmp_path / "features")
 
     class Killed(Exception):
@@ -86,9 +95,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(pair, data, tmp_path, mon
         patch.setattr(training.Anneal, "on_step_end", die)
         training.train(whole, data, tmp_path / "cut", tmp_path / "features")
     training.train(whole, data, tmp_path / "cut", tmp_path / "features", resume=True)
-    first, second = (Fuser.from_pretrained(tmp_path / run / "fuser").state_dict() for run in ("whole", "cut"))
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_cached_prefills_give_the_request_paths_logits(pair, data, tmp_path):
@@ -179,3 +186,66 @@ def test_batches_of_training_rows_are_padded_like_prompts(pair, data, tmp_path):
     expected = collate(dataset.rows, pad_id(receiver), [pad_id(sharer)])
     assert torch.equal(batch["ids"], expected.ids) and torch.equal(batch["due"], expected.sharers[0].due)
     assert batch["own"].shape[4] == batch["ids"].shape[1] - 1
+
+
+@pytest.mark.parametrize("kind", ["compact", "paper"])
+def test_without_its_sharer_a_fuser_learns_nothing_from_the_sharers_caches(pair, data, tmp_path, monkeypatch, kind):
+    """Two runs that share the statistics of four rows; in one, every other cache of the sharer's is noise."""
+    monkeypatch.setattr(training, "_STATISTICS_ROWS", 4)
+    whole = recipe(sharer_dropout=1.0, epochs=2)
+    part = FuserPart(kind=kind, fuse_last=8, sizes=TINY_SIZES[kind])
+    whole = whole.model_copy(update={"fuser": part})
+    losses = [training.train(whole, data, tmp_path / "real", tmp_path / "features")["validation_loss"]]
+
+    load = FeatureDataset.__getitem__
+
+    def noisy(self, index):
+        row, response, own, theirs = load(self, index)
+        is_sample = len(self) == 16 and index < 4
+        return row, response, own, theirs if is_sample else torch.full_like(theirs, 1e3)
+
+    monkeypatch.setattr(FeatureDataset, "__getitem__", noisy)
+    losses.append(training.train(whole, data, tmp_path / "noise", tmp_path / "features")["validation_loss"])
+    assert_same_weights(tmp_path / "real", tmp_path / "noise")
+    assert losses[0] == losses[1], "validation must not hear the sharer either"
+    heard = whole.model_copy(update={"optim": whole.optim.model_copy(update={"sharer_dropout": 0.0})})
+    assert training.train(heard, data, tmp_path / "heard", tmp_path / "features")["validation_loss"] != losses[0]
+
+
+def test_the_statistics_are_those_of_the_fused_positions(pair, data, tmp_path):
+    """A compact fuser keeps the same means of its mapped layers."""
+    receiver, sharer = pair["tiny-receiver"], pair["tiny-sharer"]
+    fuser = random_fuser(receiver, sharer, fuse_last=8)
+    c2c = C2C(receiver, [sharer], [fuser])
+    stores = PrefillStore(tmp_path, receiver.card, torch.float32), PrefillStore(tmp_path, sharer.card, torch.float32)
+    dataset = FeatureDataset(read_examples(data / "train.jsonl"), c2c, *stores)
+    batch = Collator(c2c)([dataset[i] for i in range(len(dataset))])
+    training.standardise(fuser, batch)
+    statistics = training.sharer_statistics(sharer, batch)
+    assert statistics.count == 16 * 8
+    mean = statistics.mean[:, list(fuser.config.layer_map)].float()
+    torch.testing.assert_close(mean, fuser.other_mean[:, :, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_without_dropout_the_sharer_is_not_measured(pair, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "sharer_statistics", lambda *_: pytest.fail("statistics that nobody needs"))
+    training.train(recipe(epochs=2), data, tmp_path / "out", tmp_path / "features")
+
+
+def test_the_summary_tells_the_rate(pair, data, tmp_path):
+    training.train(recipe(sharer_dropout=0.5, epochs=2), data, tmp_path / "out", tmp_path / "features")
+    assert Fuser.from_pretrained(tmp_path / "out" / "fuser").config.training["optim"]["sharer_dropout"] == 0.5
+
+
+def test_a_receiver_can_be_its_own_sharer(pair, data, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(training, "load", lambda name, **_: loaded.append(name) or pair[name])
+    own = recipe(epochs=2).model_copy(update={"sharer": "tiny-receiver"})
+    training.train(own, data, tmp_path / "out", tmp_path / "features")
+    assert loaded == ["tiny-receiver"]
+    assert len(list((tmp_path / "features").iterdir())) == 1
+    fuser = Fuser.from_pretrained(tmp_path / "out" / "fuser")
+    receiver = pair["tiny-receiver"]
+    c2c = C2C(receiver, [receiver], [fuser])
+    messages = [{"role": "user", "content": "hi"}]
+    assert not torch.equal(kv.stack(c2c.prefill(messages).cache), kv.stack(c2c.prefill(messages, sharers=[]).cache))

@@ -1,0 +1,91 @@
+"""Asking one system one batch, whatever happens.
+
+A batch that does not fit into memory is asked in halves. A batch that fails in another way is asked row by row, so that
+one bad row costs one row. What fails alone is an error, which is data and no reason to stop: who counts them decides.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cache2cache.errors import EvaluationError
+from cache2cache.evaluate.items import Answer, System
+from cache2cache.evaluate.plan import Batch
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one row: an answer, or the error that stood in its way."""
+
+    answer: Answer | None
+    seconds: float = 0.0
+    """Of the rows that were answered together, divided by their number."""
+    error: str | None = None
+    """Type and text of the exception."""
+
+
+class Asker:
+    """Asks one system, and remembers what was too large for it."""
+
+    def __init__(self, system: System):
+        self._system = system
+        self._too_large = math.inf
+        """Padded tokens of the smallest batch that did not fit into memory."""
+
+    def ask(self, batch: Batch) -> list[Reply]:
+        """One reply per row, in order.
+
+        Raises:
+            EvaluationError: the system gave more or fewer answers than it was asked for. Then nobody knows which answer
+                belongs to which row.
+        """
+        if len(batch) > 1 and batch.tokens >= self._too_large:
+            return self._in_parts(batch, math.ceil(len(batch) / 2))
+        try:
+            return self._together(batch)
+        except EvaluationError:
+            raise
+        except Exception as error:
+            reply, too_large = Reply(None, error=_described(error)), _out_of_memory(error)
+        # Out of the handler: the exception holds the tensors of the frames that it passed through.
+        if too_large:
+            _free_memory()
+        if len(batch) == 1:
+            return [reply]
+        if too_large:
+            self._too_large = batch.tokens
+            return self._in_parts(batch, math.ceil(len(batch) / 2))
+        return self._in_parts(batch, 1)
+
+    def _together(self, batch: Batch) -> list[Reply]:
+        answers = self._system.answer(batch.items)
+        if len(answers) != len(batch):
+            raise EvaluationError(
+                f"{self._system.name} did not give one answer per row of {batch.task}",
+                got=f"{len(answers)} answers to {len(batch)} rows",
+                hint="This is a mistake in the system",
+            )
+        return [Reply(answer, answer.seconds / len(batch)) for answer in answers]
+
+    def _in_parts(self, batch: Batch, size: int) -> list[Reply]:
+        starts = range(0, len(batch), size)
+        return [reply for start in starts for reply in self.ask(batch.part(start, start + size))]
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error)
+
+
+def _free_memory() -> None:
+    from accelerate.utils.memory import clear_device_cache
+
+    clear_device_cache(garbage_collection=True)

@@ -1,0 +1,251 @@
+"""An evaluation from its settings to its report: `c2c eval` as a function."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+
+from cache2cache import __version__
+from cache2cache.errors import DataError
+from cache2cache.evaluate import folder, names, report, tasks
+from cache2cache.evaluate.build import Ingredients, Systems, build, numbered
+from cache2cache.evaluate.heard import sharer_statistics
+from cache2cache.evaluate.items import Item
+from cache2cache.evaluate.latency import measure_latency
+from cache2cache.evaluate.names import Asked
+from cache2cache.evaluate.partners import partners
+from cache2cache.evaluate.plan import Plan, make_plan
+from cache2cache.evaluate.prefills import Prefills
+from cache2cache.evaluate.prepare import Decisions, decide
+from cache2cache.evaluate.rowfile import read_records
+from cache2cache.evaluate.runner import run
+from cache2cache.evaluate.schema import LatencyRecord, Report, RowRecord
+from cache2cache.evaluate.summary import TaskInfo, summarise
+from cache2cache.evaluate.tasks.base import Loaded, Split, Task
+from cache2cache.evaluate.tasks.load import load
+from cache2cache.fuser.several import FusionMode
+from cache2cache.pipeline import C2C
+
+
+class Settings(BaseModel):
+    """Everything that changes the numbers of an evaluation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    receiver: str
+    sharers: tuple[str, ...] = Field(min_length=1)
+    fusers: tuple[str, ...] = Field(min_length=1)
+    """One per sharer."""
+    mode: FusionMode = "parallel"
+    dtype: str = "auto"
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names, or files of your own rows; `mmlu-redux:1000` asks only so many rows of one."""
+    systems: str = "receiver,sharer,c2c"
+    controls: str = "mismatched"
+    limit: int | None = Field(default=None, gt=0)
+    """Rows of each task, drawn by the seed; all by default."""
+    seed: int = 0
+    batch_size: int = Field(default=16, ge=2)
+    message_tokens: int = Field(default=256, gt=0)
+    """Most tokens of a text-to-text message."""
+    routed_share: float = Field(default=0.5, ge=0, le=1)
+    receiver_form: str | None = None
+    """Chosen on training rows by default, as is `sharer_form`."""
+    sharer_form: str | None = None
+    latency_rows: int = Field(default=8, ge=0)
+    """Rows of each task that are also asked one at a time, with nothing reused, to measure latency."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where an evaluation runs. None of it changes what is measured, beyond rounding and seconds."""
+
+    device: str = "cpu"
+    sharer_device: str | None = None
+    trust_remote_code: bool = False
+    data_dir: Path | None = None
+    """Folder of data sets; the hub by default."""
+    prefills: Path | None = None
+    """Folder that keeps every prefill for later runs; by default none is kept."""
+    max_errors: float = 0.05
+    """Largest share of a task's rows on which a system may fail."""
+
+
+def evaluate(
+    settings: Settings, out: Path, machine: Machine | None = None, *, command: str = "", console: Console | None = None
+) -> Report:
+    """Run, or go on with, an evaluation, and write its report.
+
+    Args:
+        out: folder of rows.jsonl, latency.jsonl, report.json, report.md and report.html.
+        command: what was typed, for the report.
+
+    Raises:
+        DataError: settings, data or folder are not usable.
+        EvaluationError: a system failed on too many rows.
+    """
+    start, machine, console = time.time(), machine or Machine(), console or Console(stderr=True)
+    asked = names.parse(settings.systems, settings.controls)
+    chosen = _tasks(settings)
+    loaded = {name: _load(task, "test", limit, settings, machine) for name, (task, limit) in chosen.items()}
+    items = {name: rows.items for name, rows in loaded.items()}
+    pair = _pair(settings, machine)
+    identity = _identity(settings, asked, loaded)
+    prefills = Prefills(machine.prefills)
+    with folder.held(out, identity):
+        decisions = decide(
+            pair, items, lambda name, rows: _training(chosen[name][0], rows, settings, machine), prefills, out,
+            given={"receiver": settings.receiver_form, "sharer": settings.sharer_form},
+            routed_share=settings.routed_share if _asks(asked, "routing") else None,
+        )  # fmt: skip
+    systems, plan = _systems(pair, items, asked, decisions, prefills, settings)
+    common: dict[str, Any] = {"settings": identity, "on_batch": lambda _: systems.clear(), "console": console}
+    run(plan, systems.by_name.values(), [task for task, _ in chosen.values()], out, max_errors=machine.max_errors, **common)
+    if settings.latency_rows:
+        prefills.folder = None  # from here on every prefill is computed when it is needed
+        measure_latency(plan, list(systems.by_name.values()), out, requests=settings.latency_rows, **common)
+    rows = read_records(out / folder.ROWS, RowRecord)
+    found = summarise(
+        rows, read_records(out / folder.LATENCY, LatencyRecord),
+        {name: _info(task, loaded[name]) for name, (task, _) in chosen.items()},
+        _about(settings, pair, systems, decisions, command, start),
+    )  # fmt: skip
+    report.write(found, rows, out, {(x.task, x.id): x.messages[-1]["content"] for part in items.values() for x in part})
+    return found
+
+
+def _tasks(settings: Settings) -> dict[str, tuple[Task, int | None]]:
+    """Name → task and how many of its rows to ask.
+
+    Raises:
+        DataError: an unknown task, a bad limit, or two tasks of one name.
+    """
+    chosen: dict[str, tuple[Task, int | None]] = {}
+    for text in settings.tasks:
+        name, colon, limit = text.rpartition(":")
+        limited = bool(colon) and limit.isascii() and limit.isdigit()
+        task = tasks.get(name if limited else text)
+        if task.name in chosen:
+            raise DataError("a task was asked for twice", got=task.name, hint="Rename one of the files")
+        chosen[task.name] = task, int(limit) if limited else settings.limit
+    return chosen
+
+
+def _identity(settings: Settings, asked: Sequence[Asked], loaded: Mapping[str, Loaded]) -> dict[str, Any]:
+    """What must not change when a run goes on. Systems may be added, and asked more rows."""
+    return {
+        **settings.model_dump(mode="json", exclude={"systems", "controls", "tasks", "limit", "latency_rows"}),
+        "tasks": {name: {"source": x.source, "rows": len(x.items)} for name, x in loaded.items()},
+        "systems": {one.name: {"fuser": one.fuser} for one in asked},
+    }
+
+
+def _pair(settings: Settings, machine: Machine) -> C2C:
+    return C2C.from_pretrained(
+        settings.receiver, settings.sharers, settings.fusers, device=machine.device, mode=settings.mode,
+        sharer_device=machine.sharer_device, dtype=settings.dtype, trust_remote_code=machine.trust_remote_code,
+    )  # fmt: skip
+
+
+def _load(task: Task, split: Split, limit: int | None, settings: Settings, machine: Machine) -> Loaded:
+    return load(task, split=split, data_dir=machine.data_dir, limit=limit, seed=settings.seed)
+
+
+def _training(task: Task, rows: int, settings: Settings, machine: Machine) -> Sequence[Item]:
+    return _load(task, "train", rows, settings, machine).items if "train" in task.sources else []
+
+
+def _asks(asked: Sequence[Asked], *wanted: str) -> bool:
+    return any(one.name in wanted for one in asked)
+
+
+def _systems(
+    pair: C2C,
+    items: Mapping[str, Sequence[Item]],
+    asked: Sequence[Asked],
+    decisions: Decisions,
+    prefills: Prefills,
+    settings: Settings,
+) -> tuple[Systems, Plan]:
+    """The systems, and which rows they are asked."""
+    tokenizer = pair.sharers[0].tokenizer
+
+    def length(item: Item) -> int:
+        return len(tokenizer(item.messages[-1]["content"], add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+    partner = {}
+    if _asks(asked, "mismatched"):
+        for name, rows in items.items():
+            by_id = {item.id: item for item in rows}
+            partner[name] = {row: by_id[other] for row, other in partners(rows, length).items()}
+    systems = build(
+        Ingredients(
+            pair, prefills, decisions.of("receiver"),
+            [decisions.of(numbered("sharer", i)) for i in range(len(pair.sharers))],
+            settings.seed, settings.message_tokens, decisions.routers, partner,
+            lambda of: {name: sharer_statistics(of, rows, prefills) for name, rows in items.items()},
+        ),
+        asked,
+    )  # fmt: skip
+    limits = {one.name: one.limit for one in asked if one.limit is not None}
+    plan = make_plan(
+        items, list(systems.by_name), length, batch_size=settings.batch_size,
+        limits={name: limits[base] for name in systems.by_name if (base := systems.base[name]) in limits},
+        paired=[name for name in systems.by_name if name == "mismatched"],
+    )  # fmt: skip
+    return systems, plan
+
+
+def _info(task: Task, loaded: Loaded) -> TaskInfo:
+    return TaskInfo(task.title, task.kind, task.licence, loaded.source, loaded.dropped, task.metrics, task.primary)
+
+
+def _about(
+    settings: Settings, pair: C2C, systems: Systems, decisions: Decisions, command: str, start: float
+) -> dict[str, Any]:
+    """What was run, on what."""
+    import torch
+    import transformers
+
+    known = {**names.SYSTEMS, **names.CONTROLS}
+    return {
+        **settings.model_dump(mode="json"),
+        **decisions.summary(),
+        "definitions": {name: known[systems.base[name]] for name in systems.by_name},
+        "dtypes": {lm.card.id: str(lm.dtype).removeprefix("torch.") for lm in (pair.receiver, *pair.sharers)},
+        "fuser_parameters": [fuser.parameter_count() for fuser in pair.fusers],
+        "command": command,
+        "versions": {
+            "cache2cache": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+                    "device": str(pair.receiver.device)},
+        "peak_memory_bytes": _peak_memory(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(start)),
+        "seconds": round(time.time() - start, 1),
+    }  # fmt: skip
+
+
+def _peak_memory() -> dict[str, int]:
+    """Of this process, since it began, by device."""
+    import torch
+
+    peak = {}
+    if sys.platform != "win32":
+        import resource
+
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["cpu"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        peak["cuda"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return peak

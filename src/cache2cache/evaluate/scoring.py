@@ -1,0 +1,174 @@
+"""From a prefill to answers: the likelihood of the letters, the text, the likelihood of a reference response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from cache2cache.errors import ModelError
+from cache2cache.evaluate.items import Answer, Cost, Item
+from cache2cache.models import kv
+from cache2cache.models.load import LanguageModel
+from cache2cache.pipeline import C2C, Prefill, pad_id
+from cache2cache.types import clock
+
+
+def answers(pair: C2C, prefill: Prefill, items: Sequence[Item], unit: PreTrainedTokenizerBase) -> list[Answer]:
+    """Whatever the items ask for, from one prefill. Greedy.
+
+    Args:
+        items: of one task, one per row of the prefill.
+        unit: the tokenizer that a target's tokens are counted with.
+
+    Raises:
+        ModelError: a valid letter is not one token of the receiver.
+    """
+    mask = prefill.mask
+    found = [
+        Answer("", cost=Cost(receiver_read=int(mask[row].sum()), sharer_read=_sharer_read(prefill, row)),
+               timings=prefill.timings)
+        for row in range(len(items))
+    ]  # fmt: skip
+    if not items[0].letters:
+        found = _with_nats(pair, prefill, items, found, unit)
+    if items[0].max_new_tokens:
+        found = _with_text(pair, prefill, items, found)
+    return found
+
+
+def _with_text(pair: C2C, prefill: Prefill, items: Sequence[Item], found: Sequence[Answer]) -> list[Answer]:
+    """Greedy answers, and the log-probabilities of the letters at their first position."""
+    limit, one_line = items[0].max_new_tokens, items[0].one_line
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": limit}
+    criterion = Complete(pair.receiver.tokenizer, prefill.ids.shape[1], one_line)
+    options["stopping_criteria"] = StoppingCriteriaList([criterion])
+    written = pair.decode(prefill, return_dict_in_generate=True, output_logits=True, **options)
+    logits = written[0].raw.logits[0].float()  # (B, V)
+    out = []
+    for row, (item, answer, new) in enumerate(zip(items, found, written, strict=True)):
+        text, ids = new.text, without_padding(new.ids, pad_id(pair.receiver))
+        out.append(
+            replace(
+                answer,
+                text=answer_in(text, one_line),
+                ended=len(ids) < limit or complete(text, one_line) or _ends(pair.receiver, ids),
+                letter_logprobs=letter_logprobs(pair.receiver, logits[row], item.letters) if item.letters else (),
+                cost=replace(answer.cost, receiver_wrote=len(ids)),
+            )
+        )
+    return out
+
+
+def _with_nats(
+    pair: C2C, prefill: Prefill, items: Sequence[Item], found: Sequence[Answer], unit: PreTrainedTokenizerBase
+) -> list[Answer]:
+    lm = pair.receiver
+    targets = [target_ids(lm, prefill.ids[row], item.target) for row, item in enumerate(items)]
+    nats = target_nats(lm, prefill, targets)
+    return [
+        replace(answer, target_nats=x, target_tokens=len(unit(item.target, add_special_tokens=False)["input_ids"]))  # type: ignore[arg-type]
+        for answer, x, item in zip(found, nats, items, strict=True)
+    ]
+
+
+@torch.no_grad()
+def target_nats(lm: LanguageModel, prefill: Prefill, targets: Sequence[Sequence[int]]) -> list[float]:
+    """Negative log-likelihood of each row's target tokens after its prompt, summed, in nats. The prefill stays as it is."""
+    width, prompt = max(map(len, targets)), prefill.ids.shape[1] - 1
+    tail = torch.zeros((len(targets), width), dtype=torch.long)
+    labels = torch.full_like(tail, -100)
+    for row, target in enumerate(targets):
+        tail[row, : len(target)] = torch.tensor([int(prefill.ids[row, -1]), *target[:-1]])
+        labels[row, : len(target)] = torch.tensor(target)
+    mask = torch.cat([prefill.mask, torch.ones_like(tail[:, 1:])], dim=1).to(lm.device)
+    with clock(prefill.timings, "decode", lm.device):
+        logits = lm.model(
+            input_ids=tail.to(lm.device),
+            attention_mask=mask,
+            position_ids=kv.position_ids(mask)[:, prompt:],
+            past_key_values=kv.clone(prefill.cache),
+            use_cache=True,
+        ).logits
+        per_token = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.to(lm.device).flatten(), ignore_index=-100, reduction="none"
+        )
+    return per_token.view_as(tail).double().sum(1).tolist()
+
+
+def target_ids(lm: LanguageModel, prompt: torch.Tensor, target: str) -> list[int]:
+    """Tokens of a target, with the space that a prompt which ends in a word, such as "Answer:", asks for."""
+    last = str(lm.tokenizer.decode(prompt[-1:]))
+    special = int(prompt[-1]) in lm.tokenizer.all_special_ids
+    lead = "" if special or last[-1:].isspace() else " "
+    return list(lm.tokenizer(lead + target, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def letter_logprobs(lm: LanguageModel, logits: torch.Tensor, letters: str) -> tuple[float, ...]:
+    """Log-probability of each letter among the valid ones, with and without a space before it taken together.
+
+    Args:
+        logits: (V,) at the answer position.
+
+    Raises:
+        ModelError: a letter is not one token in either spelling.
+    """
+    scores = torch.stack([logits[_spellings(lm, letter)].logsumexp(0) for letter in letters])
+    return tuple(scores.log_softmax(0).tolist())
+
+
+def _spellings(lm: LanguageModel, letter: str) -> list[int]:
+    spelled = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")]
+    single = sorted({ids[0] for ids in spelled if len(ids) == 1})  # type: ignore[arg-type, index]
+    if not single:
+        raise ModelError(f"{lm.card.id} has no token for the letter {letter}", got=spelled, allowed="one token")
+    return single  # type: ignore[return-value]
+
+
+@dataclass
+class Complete(StoppingCriteria):
+    """Ends each row where its answer is complete."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt: int
+    """Columns of the prompt."""
+    one_line: bool
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
+        return torch.tensor([complete(text, self.one_line) for text in texts], device=input_ids.device)
+
+
+def answer_in(text: str, one_line: bool) -> str:
+    """The answer in what a model wrote: its first line that is not empty, or all that stands before a new question."""
+    return text.strip().split(_end(one_line), 1)[0].rstrip()
+
+
+def complete(text: str, one_line: bool) -> bool:
+    """Whether the answer has come to its end, though the model may go on."""
+    return _end(one_line) in text.lstrip()
+
+
+def _end(one_line: bool) -> str:
+    # A model that completes text goes on with the next question of the quiz that it believes to be in.
+    return "\n" if one_line else "\nQuestion:"
+
+
+def without_padding(ids: Sequence[int], pad: int) -> list[int]:
+    """Tokens without the padding that fills a row which ended before the others of its batch."""
+    ids = list(ids)
+    while ids and ids[-1] == pad:
+        ids.pop()
+    return ids
+
+
+def _ends(lm: LanguageModel, ids: Sequence[int]) -> bool:
+    end = lm.model.generation_config.eos_token_id  # type: ignore[union-attr]
+    return bool(ids) and ids[-1] in ({end} if isinstance(end, int) else set(end or ()))
+
+
+def _sharer_read(prefill: Prefill, row: int) -> int:
+    return sum(int(part.mask[row].sum()) for part in prefill.inputs.sharers if part is not None and part.due[row].any())

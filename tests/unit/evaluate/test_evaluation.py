@@ -1,0 +1,179 @@
+"""A whole evaluation on tiny models: every system and control, resumed, extended, refused."""
+
+import json
+import random
+
+import pytest
+
+from cache2cache.errors import DataError
+from cache2cache.evaluate import evaluation
+from cache2cache.evaluate.evaluation import Machine, Settings, evaluate
+from cache2cache.testing import random_fuser, tiny_pair
+
+SYSTEMS = "receiver,sharer,t2t:3,t2t-fair:2,routing,c2c"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two models and three fusers on disk."""
+    folder = tmp_path_factory.mktemp("pair")
+    receiver, sharer = tiny_pair()
+    for name, lm in (("tiny-receiver", receiver), ("tiny-sharer", sharer)):
+        lm.model.save_pretrained(folder / name)
+        lm.tokenizer.save_pretrained(folder / name)
+    random_fuser(receiver, sharer, fuse_last=8).save_pretrained(folder / "fuser")
+    random_fuser(receiver, sharer, seed=1, fuse_last=8).save_pretrained(folder / "without-sharer")
+    random_fuser(receiver, receiver, fuse_last=8).save_pretrained(folder / "self")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data folder with one multiple-choice set, and files of a user's own."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    words = "stars moons rivers trees birds stones clouds lamps".split()
+    (folder / "arc_easy").mkdir()
+    for split, count in (("train", 24), ("test", 7)):
+        rows = [
+            {"id": f"{split}-{i}", "subject": f"s{i % 2}", "question": f"Which are the {' '.join(rng.sample(words, 3))}?",
+             "choices": rng.sample(words, 4), "answer": i % 4}
+            for i in range(count)
+        ]  # fmt: skip
+        (folder / "arc_easy" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = [
+        {"messages": [{"role": "user", "content": f"Tell me of {a} and {b}."}, {"role": "assistant", "content": b}]}
+        for a, b in zip(words, words[1:], strict=False)
+    ]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    return folder
+
+
+def settings(pair, data, **changes) -> Settings:
+    options = {
+        "receiver": str(pair / "tiny-receiver"), "sharers": (str(pair / "tiny-sharer"),), "fusers": (str(pair / "fuser"),),
+        "tasks": ("arc-easy",), "systems": SYSTEMS, "batch_size": 3, "message_tokens": 4, "latency_rows": 1,
+        "controls": f"mismatched,zeroed,random,self={pair / 'self'},without-sharer={pair / 'without-sharer'}",
+        "receiver_form": "completion",
+    }  # fmt: skip
+    return Settings(**{**options, **changes})
+
+
+def numbers(out) -> dict:
+    """A report without what differs from one run to the next: seconds, memory, and when."""
+    report = json.loads((out / "report.json").read_text())
+    for name in ("seconds", "started", "peak_memory_bytes", "command"):
+        report["run"].pop(name, None)
+    report.pop("latency")
+    return report
+
+
+def rows(out) -> dict:
+    lines = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    return {(row["task"], row["system"], row["id"]): {k: v for k, v in row.items() if k != "seconds"} for row in lines}
+
+
+@pytest.fixture(scope="module")
+def whole(pair, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    evaluate(settings(pair, data), out, Machine(data_dir=data), command="c2c eval")
+    return out
+
+
+def test_every_system_answers_its_rows_and_the_report_has_them(whole):
+    report = numbers(whole)
+    counts = {name: system["rows"] for name, system in report["tasks"]["arc_easy"]["systems"].items()}
+    every = ("receiver", "sharer", "routing", "c2c", "mismatched", "zeroed", "random", "self", "without-sharer")
+    assert counts == {**dict.fromkeys(every, 7), "t2t": 3, "t2t-fair": 2}
+    assert all(system["errors"] == 0 for system in report["tasks"]["arc_easy"]["systems"].values())
+    assert {"forms", "router", "versions", "definitions"} <= set(report["run"])
+    assert report["run"]["forms"]["receiver"]["choice"] == {"form": "completion", "rows": 0, "scores": {}}
+    chosen = report["run"]["forms"]["sharer"]["choice"]
+    assert chosen["rows"] == 24
+    assert chosen["scores"][chosen["form"]] == max(chosen["scores"].values())
+    for name in ("report.md", "report.html"):
+        assert "ARC-Easy" in (whole / name).read_text()
+    latency = [json.loads(line) for line in (whole / "latency.jsonl").read_text().splitlines()]
+    assert len(latency) == len(counts)
+
+
+def test_an_interrupted_run_gives_the_same_report(pair, data, whole, tmp_path):
+    lines = (whole / "rows.jsonl").read_bytes()
+    rng = random.Random(0)
+    for attempt in range(3):
+        out = tmp_path / str(attempt)
+        out.mkdir()
+        for name in ("run.json", "decisions.json", "router-choice.safetensors"):
+            (out / name).write_bytes((whole / name).read_bytes())
+        (out / "rows.jsonl").write_bytes(lines[: rng.randrange(len(lines))])
+        evaluate(settings(pair, data), out, Machine(data_dir=data))
+        assert rows(out) == rows(whole)
+        assert numbers(out) == numbers(whole)
+
+
+def test_systems_that_are_added_later_answer_as_if_they_had_been_there(pair, data, whole, tmp_path):
+    for systems, controls in (("receiver,t2t:2", ""), ("t2t:3,c2c", "mismatched,zeroed"), (SYSTEMS, None)):
+        changes = {"systems": systems} if controls is None else {"systems": systems, "controls": controls}
+        evaluate(settings(pair, data, **changes), tmp_path / "run", Machine(data_dir=data))
+    assert rows(tmp_path / "run") == rows(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"seed": 1}, "seed was 0, is 1"), ({"batch_size": 4}, "batch_size"), ({"limit": 4}, "rows was 7, is 4")],
+)
+def test_a_folder_of_another_run_is_refused(pair, data, whole, changes, message):
+    with pytest.raises(DataError, match=message):
+        evaluate(settings(pair, data, **changes), whole, Machine(data_dir=data))
+
+
+def test_prefills_kept_on_disk_change_nothing(pair, data, whole, tmp_path):
+    for out in ("first", "second"):  # the second run reads all that the first one kept
+        machine = Machine(data_dir=data, prefills=tmp_path / "prefills")
+        evaluate(settings(pair, data, latency_rows=0), tmp_path / out, machine)
+        for key, row in rows(tmp_path / out).items():
+            expected = rows(whole)[key]
+            assert row["answer"] == expected["answer"]
+            assert row["letter_logprobs"] == pytest.approx(expected["letter_logprobs"], abs=1e-4)
+
+
+def test_chats_are_measured_by_the_likelihood_of_their_responses(pair, data, tmp_path):
+    chosen = settings(
+        pair, data, tasks=(str(data / "talks.jsonl"),), systems="receiver,sharer,c2c,t2t", controls="mismatched,random",
+        sharer_form="completion",
+    )  # fmt: skip
+    report = evaluate(chosen, tmp_path / "run", Machine(data_dir=data))
+    task = report.tasks["talks"]
+    assert task.primary == "nats"
+    assert set(task.systems) == {"receiver", "sharer", "c2c", "t2t", "mismatched", "random"}
+    assert all(0 < system.metrics["nats"].value < 20 for system in task.systems.values())
+
+
+def test_a_task_without_training_rows_asks_in_the_default_form_and_cannot_be_routed(pair, data, tmp_path):
+    chosen = settings(
+        pair, data, tasks=(str(data / "talks.jsonl"),), systems="receiver", controls="", receiver_form=None
+    )
+    report = evaluate(chosen, tmp_path / "run", Machine(data_dir=data))
+    assert report.run["forms"]["receiver"]["text"] == {"form": "chat", "rows": 0, "scores": {}}
+    routed = settings(pair, data, tasks=(str(data / "talks.jsonl"),), systems="routing", controls="")
+    with pytest.raises(DataError, match="training rows"):
+        evaluate(routed, tmp_path / "routed", Machine(data_dir=data))
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(("arc-easy",), None), (("arc-easy:3",), 3), (("mmlu_redux:1000",), 1000)]
+)
+def test_a_task_may_have_a_limit_of_its_own(pair, data, asked, expected):
+    ((_, limit),) = evaluation._tasks(settings(pair, data, tasks=asked)).values()
+    assert limit == expected
+
+
+def test_a_task_is_asked_once(pair, data):
+    with pytest.raises(DataError, match="twice"):
+        evaluation._tasks(settings(pair, data, tasks=("arc-easy", "arc_easy:3")))
+
+
+@pytest.mark.parametrize("form", ["poem", "plain"])
+def test_an_unknown_form_is_refused(pair, data, tmp_path, form):
+    with pytest.raises(DataError, match="prompt form"):
+        evaluate(settings(pair, data, receiver_form=form), tmp_path / "run", Machine(data_dir=data))
