@@ -13,9 +13,7 @@ from cache2cache.cli import pair as options
 
 app = typer.Typer(help="Compare C2C with every other way of answering, and with controls.")
 
-_TASKS = (
-    "Comma-separated names, see `c2c eval tasks`, or files of your own rows (.jsonl). `mmlu-redux:1000` asks only 1,000 rows."
-)
+_TASKS = "Comma-separated names, see `c2c eval tasks`, or files of your own rows (.jsonl). `mmlu-redux:1000` asks only 1,000 rows."
 _SYSTEMS = "Comma-separated: receiver, sharer, t2t, t2t-fair, routing, c2c. `t2t:300` asks only 300 rows of each task."
 _CONTROLS = "Comma-separated: mismatched, zeroed, random, self=FUSER, without-sharer=FUSER."
 _FORM = "Prompt form: chat, chat-paper, completion, quiz."
@@ -25,7 +23,9 @@ _FORM = "Prompt form: chat, chat-paper, completion, quiz."
 def evaluate(
     ctx: typer.Context,
     tasks: Annotated[str | None, typer.Option("--tasks", "-t", help=_TASKS)] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; an interrupted one goes on.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the run; an interrupted one goes on.")
+    ] = None,
     receiver: options.Receiver = options.DEMO_RECEIVER,
     sharer: options.Sharers = None,
     fuser: options.Fusers = None,
@@ -50,18 +50,23 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the sample, the noise and the router.", rich_help_panel="Rows")] = 0,
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder of data sets, <set>/<split>.jsonl[.zst].", show_default="the hub", rich_help_panel="Rows"),
+        typer.Option(
+            help="Folder of data sets, <set>/<split>.jsonl[.zst].", show_default="the hub", rich_help_panel="Rows"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=2, rich_help_panel="Machine")] = 16,
     latency_rows: Annotated[
         int, typer.Option(min=0, help="Rows of each task that are also asked one at a time.", rich_help_panel="Rows")
     ] = 8,
     max_errors: Annotated[
-        float, typer.Option(min=0, max=1, help="Stop when a system fails on more of a task's rows.", rich_help_panel="Rows")
+        float,
+        typer.Option(min=0, max=1, help="Stop when a system fails on more of a task's rows.", rich_help_panel="Rows"),
     ] = 0.05,
     prefills: Annotated[
         Path | None,
-        typer.Option(help="Keep prefills in this folder, for later runs.", show_default="none kept", rich_help_panel="Machine"),
+        typer.Option(
+            help="Keep prefills in this folder, for later runs.", show_default="none kept", rich_help_panel="Machine"
+        ),
     ] = None,
     device: options.Device = "cpu",
     sharer_device: options.SharerDevice = None,
@@ -104,14 +109,18 @@ def evaluate(
 def compare(
     a: Annotated[Path, typer.Argument(help="Folder of a run.")],
     b: Annotated[Path, typer.Argument(help="Folder of another.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
 ) -> None:
     """Two runs side by side, with paired differences on the rows that both asked."""
     from rich.console import Console
 
-    from cache2cache.evaluate.report.compare import compare as compared
-    from cache2cache.evaluate.report.compare import print_comparison
+    from cache2cache.evaluate.report import compare as comparing
 
-    print_comparison(compared(a, b), Console())
+    found = comparing.compare(a, b)
+    if markdown:
+        typer.echo(comparing.comparison_markdown(found))
+    else:
+        comparing.print_comparison(found, Console())
 
 
 @app.command()

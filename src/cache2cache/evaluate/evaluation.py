@@ -108,7 +108,14 @@ def evaluate(
         )  # fmt: skip
     systems, plan = _systems(pair, items, asked, decisions, prefills, settings)
     common: dict[str, Any] = {"settings": identity, "on_batch": lambda _: systems.clear(), "console": console}
-    run(plan, systems.by_name.values(), [task for task, _ in chosen.values()], out, max_errors=machine.max_errors, **common)
+    run(
+        plan,
+        systems.by_name.values(),
+        [task for task, _ in chosen.values()],
+        out,
+        max_errors=machine.max_errors,
+        **common,
+    )
     if settings.latency_rows:
         prefills.folder = None  # from here on every prefill is computed when it is needed
         measure_latency(plan, list(systems.by_name.values()), out, requests=settings.latency_rows, **common)

@@ -116,7 +116,9 @@ def _routed(
         )
 
     embed = Embedder(C2C(pair.receiver), prefills)
-    return train_router(embed, alone("receiver", pair.receiver), alone("sharer", pair.sharers[0]), rows, prefills, share)
+    return train_router(
+        embed, alone("receiver", pair.receiver), alone("sharer", pair.sharers[0]), rows, prefills, share
+    )
 
 
 def _router(out: Path, kind: str) -> Path:

@@ -140,10 +140,6 @@ class Routing:
             "sharer" if to_sharer else "receiver"
             for to_sharer in self._routers[kind_of(items[0])].to_sharer(self._embed(items))
         ]
-        out: dict[int, Answer] = {}
-        for name, model in self._models.items():
-            rows = [row for row, route in enumerate(routes) if route == name]
-            if rows:
-                answers = model.answer([items[row] for row in rows])
-                out |= {row: replace(answer, route=name) for row, answer in zip(rows, answers, strict=True)}
-        return [out[row] for row in range(len(items))]
+        # Each model is asked the whole batch, as where it answers for itself: what else is in a batch moves its rounding.
+        found = {name: self._models[name].answer(items) for name in sorted(set(routes))}
+        return [replace(found[route][row], route=route) for row, route in enumerate(routes)]

@@ -30,7 +30,7 @@ try:
     import lm_eval as _  # noqa: F401
 except ImportError as error:
     raise MissingExtraError(
-        "evaluating with lm-evaluation-harness needs lm_eval", hint="pip install 'cache2cache[harness]'"
+        "evaluating with lm-evaluation-harness needs lm_eval", hint="pip install 'cache2cache[lm-eval]'"
     ) from error
 
 from cache2cache.evaluate.lm_eval.model import C2CLM

@@ -66,6 +66,7 @@ def scores(task: TaskSummary) -> Table:
 
 def differences(task: TaskSummary) -> Table:
     """Every paired difference that was computed."""
+    place = {name: i for i, name in enumerate(ordered(task.systems))}
     rows = [
         (
             f"{pair.a} − {pair.b}",
@@ -75,7 +76,7 @@ def differences(task: TaskSummary) -> Table:
             numbers.p_value(pair.p),
             *(MISSING if count is None else str(count) for count in (pair.only_a, pair.only_b)),
         )
-        for pair in task.pairs
+        for pair in sorted(task.pairs, key=lambda pair: (place[pair.a], place[pair.b]))
     ]
     columns = ("pair", "metric", "difference", "rows", "p", "only the first right", "only the second right")
     return Table("Paired differences", columns, tuple(rows))
