@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cache2cache import C2C, Fuser
-from cache2cache.evaluate.questions import read_questions
 from cache2cache.evaluate.extract import extract_letter
+from cache2cache.evaluate.questions import read_questions
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel, load
 from cache2cache.testing import random_fuser

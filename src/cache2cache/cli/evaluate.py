@@ -13,7 +13,7 @@ from cache2cache.cli import pair as options
 
 app = typer.Typer(help="Compare C2C with every other way of answering, and with controls.")
 
-_TASKS = "Comma-separated names, see `c2c eval tasks`, or files of your own rows (.jsonl). `mmlu-redux:1000` asks only 1,000 rows."
+_TASKS = "Comma-separated names, see `c2c eval tasks`, or .jsonl files of your own rows. `mmlu-redux:1000` asks only 1,000 rows."
 _SYSTEMS = "Comma-separated: receiver, sharer, t2t, t2t-fair, routing, c2c. `t2t:300` asks only 300 rows of each task."
 _CONTROLS = "Comma-separated: mismatched, zeroed, random, self=FUSER, without-sharer=FUSER."
 _FORM = "Prompt form: chat, chat-paper, completion, quiz."

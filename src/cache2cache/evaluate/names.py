@@ -27,7 +27,7 @@ CONTROLS: Mapping[str, str] = MappingProxyType(
         "zeroed": "C2C with the mean of the sharer's features at every position",
         "random": "C2C with noise of the mean and covariance of the sharer's features",
         "self": "C2C whose sharer is the receiver itself, with a fuser trained so (the paper's Identical)",
-        "without-sharer": "a fuser of the same size, trained and used on the mean sharer features: what its parameters alone bring",
+        "without-sharer": "a fuser of the same size, trained and used on the mean sharer features: what its parameters bring",
     }
 )
 """Name → what it is."""

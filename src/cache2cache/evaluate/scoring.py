@@ -137,7 +137,7 @@ class Complete(StoppingCriteria):
     """Columns of the prompt."""
     one_line: bool
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
         return torch.tensor([complete(text, self.one_line) for text in texts], device=input_ids.device)
 

@@ -108,8 +108,8 @@ def train_router(
     for at in range(0, len(items), _BATCH):
         embedded.append(embed(items[at : at + _BATCH]))
         prefills.clear()
-    scores = [served(model, items, prefills) for model in (receiver, sharer)]
-    return Router.fit(np.concatenate(embedded), *scores, share)
+    ours, theirs = (served(model, items, prefills) for model in (receiver, sharer))
+    return Router.fit(np.concatenate(embedded), ours.tolist(), theirs.tolist(), share)
 
 
 def pooled(rows: Sequence[Sequence[Item]], kind: str) -> list[Item]:

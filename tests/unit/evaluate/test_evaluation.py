@@ -1,5 +1,6 @@
 """A whole evaluation on tiny models: every system and control, resumed, extended, refused."""
 
+import itertools
 import json
 import random
 
@@ -32,7 +33,7 @@ def data(tmp_path_factory):
     """A data folder with one multiple-choice set, and files of a user's own."""
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
-    words = "stars moons rivers trees birds stones clouds lamps".split()
+    words = ["stars", "moons", "rivers", "trees", "birds", "stones", "clouds", "lamps"]
     (folder / "arc_easy").mkdir()
     for split, count in (("train", 24), ("test", 7)):
         rows = [
@@ -43,7 +44,7 @@ def data(tmp_path_factory):
         (folder / "arc_easy" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chats = [
         {"messages": [{"role": "user", "content": f"Tell me of {a} and {b}."}, {"role": "assistant", "content": b}]}
-        for a, b in zip(words, words[1:], strict=False)
+        for a, b in itertools.pairwise(words)
     ]
     (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
     return folder
