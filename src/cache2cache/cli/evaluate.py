@@ -38,6 +38,9 @@ def evaluate(
     sharer_form: Annotated[
         str | None, typer.Option(help=_FORM, show_default="the best on training rows", rich_help_panel="Systems")
     ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of a multiple-choice answer.", rich_help_panel="Systems")
+    ] = 16,
     message_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of a text-to-text message.", rich_help_panel="Systems")
     ] = 256,
@@ -96,7 +99,8 @@ def evaluate(
     settings = Settings(
         receiver=receiver, sharers=tuple(sharers), fusers=tuple(fusers), mode=mode, dtype=dtype,
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()), systems=systems, controls=controls,
-        limit=limit, seed=seed, batch_size=batch_size, message_tokens=message_tokens, routed_share=routed_share,
+        limit=limit, seed=seed, batch_size=batch_size,
+        answer_tokens=answer_tokens, message_tokens=message_tokens, routed_share=routed_share,
         receiver_form=receiver_form, sharer_form=sharer_form, latency_rows=latency_rows,
     )  # fmt: skip
     machine = Machine(device, sharer_device, trust_remote_code, data_dir, prefills, max_errors)

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Settings(BaseModel):
     """Rows of each task, drawn by the seed; all by default."""
     seed: int = 0
     batch_size: int = Field(default=16, ge=2)
+    answer_tokens: int = Field(default=16, gt=0)
+    """Most tokens of an answer to a multiple-choice question; other tasks have limits of their own."""
     message_tokens: int = Field(default=256, gt=0)
     """Most tokens of a text-to-text message."""
     routed_share: float = Field(default=0.5, ge=0, le=1)
@@ -96,7 +98,7 @@ def evaluate(
     asked = names.parse(settings.systems, settings.controls)
     chosen = _tasks(settings)
     loaded = {name: _load(task, "test", limit, settings, machine) for name, (task, limit) in chosen.items()}
-    items = {name: rows.items for name, rows in loaded.items()}
+    items = {name: _asked_for(rows.items, settings.answer_tokens) for name, rows in loaded.items()}
     pair = _pair(settings, machine)
     identity = _identity(settings, asked, loaded)
     prefills = Prefills(machine.prefills)
@@ -164,6 +166,10 @@ def _pair(settings: Settings, machine: Machine) -> C2C:
 
 def _load(task: Task, split: Split, limit: int | None, settings: Settings, machine: Machine) -> Loaded:
     return load(task, split=split, data_dir=machine.data_dir, limit=limit, seed=settings.seed)
+
+
+def _asked_for(items: Sequence[Item], answer_tokens: int) -> list[Item]:
+    return [replace(item, max_new_tokens=answer_tokens) if item.letters else item for item in items]
 
 
 def _training(task: Task, rows: int, settings: Settings, machine: Machine) -> Sequence[Item]:

@@ -35,17 +35,18 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         for form in (
             Form("chat", None, "plain"),
             Form("chat-paper", None, "paper"),
-            Form("completion", BOS + _CONTENTS + _ANSWER, "bare"),
             Form(
                 "quiz",
                 BOS + "The following are multiple choice questions (with answers).\n\n" + _CONTENTS + _ANSWER,
                 "plain",
             ),
+            Form("completion", BOS + _CONTENTS + _ANSWER, "bare"),
         )
     }
 )
-"""All forms. chat: the chat template with a short instruction; chat-paper: with the paper's instruction; completion: the
-bare question, "Answer:" and no chat template; quiz: the same after a heading, for multiple choice only."""
+"""All forms. chat: the chat template with a short instruction; chat-paper: with the paper's instruction; quiz: a heading,
+the question with the instruction, "Answer:" and no chat template, for multiple choice only; completion: the bare question,
+"Answer:" and no chat template."""
 
 DEFAULT = "chat"
 """Asked where there are no training rows to choose on."""

@@ -88,12 +88,22 @@ class Replaced:
 
     def _cache(self, sharer: int, item: Item, row: Row) -> torch.Tensor:
         statistics, part = self._statistics[item.task][sharer], row.sharers[sharer]
-        positions = torch.arange(1 if part is None else len(part.ids))
-        if not self._noise:
-            return statistics.mean_cache(positions)
-        digest = hashlib.sha256(f"{self._seed}/{item.task}/{item.id}/{sharer}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return statistics.noise_cache(positions, generator)
+        size = statistics.geometry
+        # What nothing is aligned to is never heard, and stays zero.
+        positions = torch.zeros(1, dtype=torch.long) if part is None else _heard_positions(part)
+        cache = torch.zeros(2, size.layers, size.kv_heads, 1 if part is None else len(part.ids), size.head_dim)
+        if self._noise:
+            digest = hashlib.sha256(f"{self._seed}/{item.task}/{item.id}/{sharer}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            cache[:, :, :, positions] = statistics.noise_cache(positions, generator)
+        else:
+            cache[:, :, :, positions] = statistics.mean_cache(positions)
+        return cache
+
+
+def _heard_positions(part: SharerRow) -> torch.Tensor:
+    """Positions of the sharer that some fused position of the receiver is aligned to."""
+    return torch.as_tensor(np.unique(part.alignment[part.due > 0]))
 
 
 def sharer_statistics(pair: C2C, items: Sequence[Item], prefills: Prefills) -> list[FeatureStatistics]:
@@ -114,9 +124,8 @@ def sharer_statistics(pair: C2C, items: Sequence[Item], prefills: Prefills) -> l
             for row, cache in zip(batch, own.heard(sharer, batch, Timings()), strict=True):
                 part = row.sharers[sharer]
                 assert part is not None, "every sharer speaks by default"
-                heard = torch.as_tensor(np.unique(part.alignment[part.due > 0]))
-                caches.append(cache[:, :, :, heard])
-                positions.append(heard)
+                positions.append(_heard_positions(part))
+                caches.append(cache[:, :, :, positions[-1]])
             prefills.clear()
         found.append(FeatureStatistics.of(lm.card.geometry, caches, positions))
     return found

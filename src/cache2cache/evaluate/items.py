@@ -30,7 +30,7 @@ class Item:
     max_new_tokens: int = 64
     """Most tokens of the answer; 0 asks for none, and then only the likelihood of the target is measured."""
     one_line: bool = True
-    """Whether an answer ends with its first line."""
+    """Whether an answer ends with its first line; one with letters also ends behind a letter that it begins with."""
 
     @property
     def messages(self) -> Conversation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +45,8 @@ def _with_text(pair: C2C, prefill: Prefill, items: Sequence[Item], found: Sequen
     """Greedy answers, and the log-probabilities of the letters at their first position."""
     limit, one_line = items[0].max_new_tokens, items[0].one_line
     options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": limit}
-    criterion = Complete(pair.receiver.tokenizer, prefill.ids.shape[1], one_line)
+    ends = Ends(one_line, items[0].letters)
+    criterion = Complete(pair.receiver.tokenizer, prefill.ids.shape[1], ends)
     options["stopping_criteria"] = StoppingCriteriaList([criterion])
     written = pair.decode(prefill, return_dict_in_generate=True, output_logits=True, **options)
     logits = written[0].raw.logits[0].float()  # (B, V)
@@ -54,8 +56,8 @@ def _with_text(pair: C2C, prefill: Prefill, items: Sequence[Item], found: Sequen
         out.append(
             replace(
                 answer,
-                text=answer_in(text, one_line),
-                ended=len(ids) < limit or complete(text, one_line) or _ends(pair.receiver, ids),
+                text=ends.answer(text),
+                ended=len(ids) < limit or ends.complete(text) or _ends(pair.receiver, ids),
                 letter_logprobs=letter_logprobs(pair.receiver, logits[row], item.letters) if item.letters else (),
                 cost=replace(answer.cost, receiver_wrote=len(ids)),
             )
@@ -128,6 +130,36 @@ def _spellings(lm: LanguageModel, letter: str) -> list[int]:
     return single  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Ends:
+    """Where an answer is complete, though the model may go on."""
+
+    one_line: bool
+    """At the end of the first line that is not empty; otherwise before a new question, with which a model goes on that
+    completes text and believes to be in a quiz."""
+    letters: str = ""
+    """Also behind one of these letters, if the answer begins with it as an option: "B.", "(C)", "D)"."""
+
+    def complete(self, text: str) -> bool:
+        """Whether the answer has come to its end."""
+        return self._mark in text.lstrip() or self._option(text) is not None
+
+    def answer(self, text: str) -> str:
+        """The answer in what a model wrote."""
+        option = self._option(text)
+        return option or text.strip().split(self._mark, 1)[0].rstrip()
+
+    @property
+    def _mark(self) -> str:
+        return "\n" if self.one_line else "\nQuestion:"
+
+    def _option(self, text: str) -> str | None:
+        if not self.letters:
+            return None
+        found = re.match(rf"\s*(\(?[{self.letters}][).])(?!\w)", text)
+        return found[1] if found else None
+
+
 @dataclass
 class Complete(StoppingCriteria):
     """Ends each row where its answer is complete."""
@@ -135,26 +167,11 @@ class Complete(StoppingCriteria):
     tokenizer: PreTrainedTokenizerBase
     prompt: int
     """Columns of the prompt."""
-    one_line: bool
+    ends: Ends
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
-        return torch.tensor([complete(text, self.one_line) for text in texts], device=input_ids.device)
-
-
-def answer_in(text: str, one_line: bool) -> str:
-    """The answer in what a model wrote: its first line that is not empty, or all that stands before a new question."""
-    return text.strip().split(_end(one_line), 1)[0].rstrip()
-
-
-def complete(text: str, one_line: bool) -> bool:
-    """Whether the answer has come to its end, though the model may go on."""
-    return _end(one_line) in text.lstrip()
-
-
-def _end(one_line: bool) -> str:
-    # A model that completes text goes on with the next question of the quiz that it believes to be in.
-    return "\n" if one_line else "\nQuestion:"
+        return torch.tensor([self.ends.complete(text) for text in texts], device=input_ids.device)
 
 
 def without_padding(ids: Sequence[int], pad: int) -> list[int]:

@@ -75,7 +75,7 @@ def test_c2c_from_shared_prefills_answers_as_generate_does(config):
     found = fused(of).answer(ITEMS)
     for item, answer in zip(ITEMS, found, strict=True):
         plain = of.generate(item.messages, do_sample=False, max_new_tokens=6)
-        assert answer.text == scoring.answer_in(plain.text, True)
+        assert answer.text == OPTION.answer(plain.text)
         assert answer.cost.receiver_read == plain.counts.receiver_prompt
         assert answer.cost.sharer_read == plain.counts.sharer_prompt[0]
 
@@ -206,16 +206,22 @@ def test_the_likelihood_of_a_target_is_that_of_reading_prompt_and_target_in_one_
     assert (answer.text, answer.letter_logprobs) == ("", ())
 
 
+LINE, TEXT, OPTION = scoring.Ends(True), scoring.Ends(False), scoring.Ends(True, "ABCD")
+
+
 @pytest.mark.parametrize(
-    ("text", "one_line", "answer", "ended"),
+    ("ends", "text", "answer", "complete"),
     [
-        ("", True, "", False), ("A", True, "A", False), ("\n\n A \n", True, "A", True), ("A\nB", True, "A", True),
-        ("\n \n", True, "", False), ("1 + 1\nis 2", False, "1 + 1\nis 2", False),
-        (" so 2.\n\nQuestion: and", False, "so 2.", True),
+        (LINE, "", "", False), (LINE, "A", "A", False), (LINE, "\n\n A \n", "A", True), (LINE, "A\nB", "A", True),
+        (LINE, "\n \n", "", False), (LINE, "B. no", "B. no", False),
+        (TEXT, "1 + 1\nis 2", "1 + 1\nis 2", False), (TEXT, " so 2.\n\nQuestion: and", "so 2.", True),
+        (OPTION, "B", "B", False), (OPTION, " B. the moon", "B.", True), (OPTION, "(C) or", "(C)", True),
+        (OPTION, "D) four\nA: one", "D)", True), (OPTION, "A.M. it is", "A.M. it is", False),
+        (OPTION, "E. none", "E. none", False), (OPTION, "A cat", "A cat", False), (OPTION, "It is B.", "It is B.", False),
     ],
 )  # fmt: skip
-def test_an_answer_is_its_first_line_or_all_before_the_next_question(text, one_line, answer, ended):
-    assert (scoring.answer_in(text, one_line), scoring.complete(text, one_line)) == (answer, ended)
+def test_where_an_answer_ends(ends, text, answer, complete):
+    assert (ends.answer(text), ends.complete(text)) == (answer, complete)
 
 
 def test_an_answer_that_runs_into_the_limit_is_marked():

@@ -1,0 +1,68 @@
+"""`c2c eval` and the harness's model on the demo pair, with the questions that the package bundles."""
+
+import json
+from importlib.resources import files
+
+import pytest
+from typer.testing import CliRunner
+
+from cache2cache.cli import app
+
+pytestmark = pytest.mark.real
+
+QUESTIONS = str(files("cache2cache") / "data" / "demo_questions.jsonl")
+
+
+def test_the_demo_pair_is_evaluated_from_the_command_line(tmp_path):
+    result = CliRunner().invoke(
+        app,
+        ["eval", "--tasks", QUESTIONS, "--systems", "receiver,sharer,c2c,t2t:2", "--controls", "mismatched,zeroed,random",
+         "--receiver-form", "chat", "--sharer-form", "quiz", "--message-tokens", "16", "--latency-rows", "2",
+         "--out", str(tmp_path)],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    (task,) = report["tasks"].values()
+    counts = {name: (system["rows"], system["errors"]) for name, system in task["systems"].items()}
+    every = ("receiver", "sharer", "c2c", "mismatched", "zeroed", "random")
+    assert counts == {**dict.fromkeys(every, (16, 0)), "t2t": (2, 0)}
+    right = {name: task["systems"][name]["metrics"]["likelihood"]["value"] for name in every}
+    # 16 questions tell a fuser that carries content from one that does not, and no more.
+    assert right["c2c"] >= 0.5
+    assert right["c2c"] > right["mismatched"]
+    assert right["c2c"] > right["zeroed"]
+    assert task["systems"]["c2c"]["format_failures"]["value"] == 0
+    assert report["latency"]["t2t"]["p50"] > report["latency"]["c2c"]["p50"]
+
+
+@pytest.mark.slow
+def test_with_closed_gates_the_harness_gives_the_numbers_of_its_own_model(tmp_path):
+    """Row by row, on SmolLM2 in float32; 16 questions, plain text and chat template."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from cache2cache import C2C
+    from cache2cache.evaluate.lm_eval import C2CLM
+    from cache2cache.models.load import load
+    from cache2cache.testing import random_fuser
+
+    task = {
+        "task": "bundled", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": QUESTIONS}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
+    }  # fmt: skip
+    receiver, sharer = load("smollm2-135m", dtype="float32"), load("gemma3-270m", dtype="float32")
+    closed = C2C(receiver, [sharer], [random_fuser(receiver, sharer, open_gates=False)])
+    for chat in (False, True):
+        found = []
+        for model in (HFLM(receiver.model, tokenizer=receiver.tokenizer, device="cpu", batch_size=4), C2CLM(closed, 4)):
+            out = lm_eval.simple_evaluate(
+                model, tasks=[dict(task)], apply_chat_template=chat, bootstrap_iters=0, device="cpu",
+                task_manager=TaskManager(include_defaults=False),
+            )  # fmt: skip
+            found.append([row["filtered_resps"] for row in out["samples"]["bundled"]])
+        for theirs, ours in zip(*found, strict=True):
+            for (nats, greedy), (expected, was_greedy) in zip(ours, theirs, strict=True):
+                assert nats == pytest.approx(expected, abs=2e-3)
+                assert greedy == was_greedy
