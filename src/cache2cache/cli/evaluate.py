@@ -92,9 +92,9 @@ def evaluate(
 
     from rich.console import Console
 
-    from cache2cache.evaluate.evaluation import Machine, Settings
     from cache2cache.evaluate.evaluation import evaluate as run
-    from cache2cache.evaluate.report.table import print_table
+    from cache2cache.evaluate.report import print_table
+    from cache2cache.evaluate.settings import Machine, Settings
 
     settings = Settings(
         receiver=receiver, sharers=tuple(sharers), fusers=tuple(fusers), mode=mode, dtype=dtype,

@@ -6,11 +6,10 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from cache2cache import __version__
@@ -28,57 +27,11 @@ from cache2cache.evaluate.prepare import Decisions, decide
 from cache2cache.evaluate.rowfile import read_records
 from cache2cache.evaluate.runner import run
 from cache2cache.evaluate.schema import LatencyRecord, Report, RowRecord
+from cache2cache.evaluate.settings import Machine, Settings
 from cache2cache.evaluate.summary import TaskInfo, summarise
 from cache2cache.evaluate.tasks.base import Loaded, Split, Task
 from cache2cache.evaluate.tasks.load import load
-from cache2cache.fuser.several import FusionMode
 from cache2cache.pipeline import C2C
-
-
-class Settings(BaseModel):
-    """Everything that changes the numbers of an evaluation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    receiver: str
-    sharers: tuple[str, ...] = Field(min_length=1)
-    fusers: tuple[str, ...] = Field(min_length=1)
-    """One per sharer."""
-    mode: FusionMode = "parallel"
-    dtype: str = "auto"
-    tasks: tuple[str, ...] = Field(min_length=1)
-    """Names, or files of your own rows; `mmlu-redux:1000` asks only so many rows of one."""
-    systems: str = "receiver,sharer,c2c"
-    controls: str = "mismatched"
-    limit: int | None = Field(default=None, gt=0)
-    """Rows of each task, drawn by the seed; all by default."""
-    seed: int = 0
-    batch_size: int = Field(default=16, ge=2)
-    answer_tokens: int = Field(default=16, gt=0)
-    """Most tokens of an answer to a multiple-choice question; other tasks have limits of their own."""
-    message_tokens: int = Field(default=256, gt=0)
-    """Most tokens of a text-to-text message."""
-    routed_share: float = Field(default=0.5, ge=0, le=1)
-    receiver_form: str | None = None
-    """Chosen on training rows by default, as is `sharer_form`."""
-    sharer_form: str | None = None
-    latency_rows: int = Field(default=8, ge=0)
-    """Rows of each task that are also asked one at a time, with nothing reused, to measure latency."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where an evaluation runs. None of it changes what is measured, beyond rounding and seconds."""
-
-    device: str = "cpu"
-    sharer_device: str | None = None
-    trust_remote_code: bool = False
-    data_dir: Path | None = None
-    """Folder of data sets; the hub by default."""
-    prefills: Path | None = None
-    """Folder that keeps every prefill for later runs; by default none is kept."""
-    max_errors: float = 0.05
-    """Largest share of a task's rows on which a system may fail."""
 
 
 def evaluate(
@@ -125,7 +78,7 @@ def evaluate(
     found = summarise(
         rows, read_records(out / folder.LATENCY, LatencyRecord),
         {name: _info(task, loaded[name]) for name, (task, _) in chosen.items()},
-        _about(settings, pair, systems, decisions, command, start),
+        _about(settings, pair, rows, decisions, command, start),
     )  # fmt: skip
     report.write(found, rows, out, {(x.task, x.id): x.messages[-1]["content"] for part in items.values() for x in part})
     return found
@@ -222,17 +175,16 @@ def _info(task: Task, loaded: Loaded) -> TaskInfo:
 
 
 def _about(
-    settings: Settings, pair: C2C, systems: Systems, decisions: Decisions, command: str, start: float
+    settings: Settings, pair: C2C, rows: Sequence[RowRecord], decisions: Decisions, command: str, start: float
 ) -> dict[str, Any]:
     """What was run, on what."""
     import torch
     import transformers
 
-    known = {**names.SYSTEMS, **names.CONTROLS}
     return {
         **settings.model_dump(mode="json"),
         **decisions.summary(),
-        "definitions": {name: known[systems.base[name]] for name in systems.by_name},
+        "definitions": {name: names.definition(name) for name in sorted({row.system for row in rows})},
         "dtypes": {lm.card.id: str(lm.dtype).removeprefix("torch.") for lm in (pair.receiver, *pair.sharers)},
         "fuser_parameters": [fuser.parameter_count() for fuser in pair.fusers],
         "command": command,

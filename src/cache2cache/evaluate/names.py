@@ -32,6 +32,17 @@ CONTROLS: Mapping[str, str] = MappingProxyType(
 )
 """Name → what it is."""
 
+
+def definition(name: str) -> str:
+    """What a system is; also of `sharer-2`, `c2c-1`, … where there are several sharers.
+
+    Raises:
+        KeyError: no system is called so.
+    """
+    known = {**SYSTEMS, **CONTROLS}
+    return known[name if name in known else name.rpartition("-")[0]]
+
+
 TRAINED = ("self", "without-sharer")
 """Controls that need a fuser of their own."""
 

@@ -8,7 +8,8 @@ import pytest
 
 from cache2cache.errors import DataError
 from cache2cache.evaluate import evaluation
-from cache2cache.evaluate.evaluation import Machine, Settings, evaluate
+from cache2cache.evaluate.evaluation import evaluate
+from cache2cache.evaluate.settings import Machine, Settings
 from cache2cache.testing import random_fuser, tiny_pair
 
 SYSTEMS = "receiver,sharer,t2t:3,t2t-fair:2,routing,c2c"
