@@ -1,6 +1,11 @@
 """`c2c eval` and the harness's model on the demo pair, with the questions that the package bundles."""
 
 import json
+import random
+import signal
+import subprocess
+import sys
+import time
 from importlib.resources import files
 
 import pytest
@@ -33,6 +38,43 @@ def test_the_demo_pair_is_evaluated_from_the_command_line(tmp_path):
     assert right["c2c"] > right["zeroed"]
     assert task["systems"]["c2c"]["format_failures"]["value"] == 0
     assert report["latency"]["t2t"]["p50"] > report["latency"]["c2c"]["p50"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_run_that_is_killed_five_times_gives_the_report_of_one_that_is_not(tmp_path):
+    """SIGKILL while it writes its rows, at five random counts of them (seed 0)."""
+
+    def start(out):
+        arguments = [
+            "eval", "--tasks", QUESTIONS, "--systems", "receiver,sharer,t2t:4,c2c", "--controls", "mismatched,random",
+            "--receiver-form", "chat", "--sharer-form", "quiz", "--message-tokens", "8", "--batch-size", "2",
+            "--latency-rows", "0", "--out", str(out),
+        ]  # fmt: skip
+        program = "from cache2cache.cli import main; main()"
+        return subprocess.Popen([sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE, text=True)
+
+    def finish(process):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+
+    finish(start(tmp_path / "whole"))
+    every = (tmp_path / "whole" / "rows.jsonl").read_bytes().count(b"\n")
+    rows = tmp_path / "killed" / "rows.jsonl"
+    for wanted in sorted(random.Random(0).sample(range(1, every), 5)):
+        process = start(rows.parent)
+        while process.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < wanted):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    finish(start(rows.parent))
+    reports = []
+    for out in (tmp_path / "whole", rows.parent):
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        for name in ("seconds", "started", "peak_memory_bytes", "command"):
+            report["run"].pop(name)
+        reports.append(report)
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.slow
