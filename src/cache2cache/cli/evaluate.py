@@ -99,11 +99,10 @@ def evaluate(
     settings = Settings(
         receiver=receiver, sharers=tuple(sharers), fusers=tuple(fusers), mode=mode, dtype=dtype,
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()), systems=systems, controls=controls,
-        limit=limit, seed=seed, batch_size=batch_size,
-        answer_tokens=answer_tokens, message_tokens=message_tokens, routed_share=routed_share,
+        limit=limit, seed=seed, answer_tokens=answer_tokens, message_tokens=message_tokens, routed_share=routed_share,
         receiver_form=receiver_form, sharer_form=sharer_form, latency_rows=latency_rows,
     )  # fmt: skip
-    machine = Machine(device, sharer_device, trust_remote_code, data_dir, prefills, max_errors)
+    machine = Machine(device, sharer_device, trust_remote_code, data_dir, prefills, batch_size, max_errors)
     report = run(settings, out, machine, command=shlex.join(["c2c", *sys.argv[1:]]))
     print_table(report, Console())
     typer.echo(f"report: {out / 'report.html'}, {out / 'report.md'}, {out / 'report.json'}")

@@ -61,7 +61,7 @@ def evaluate(
             given={"receiver": settings.receiver_form, "sharer": settings.sharer_form},
             routed_share=settings.routed_share if _asks(asked, "routing") else None,
         )  # fmt: skip
-    systems, plan = _systems(pair, items, asked, decisions, prefills, settings)
+    systems, plan = _systems(pair, items, asked, decisions, prefills, settings, machine.batch_size)
     common: dict[str, Any] = {"settings": identity, "on_batch": lambda _: systems.clear(), "console": console}
     run(
         plan,
@@ -140,6 +140,7 @@ def _systems(
     decisions: Decisions,
     prefills: Prefills,
     settings: Settings,
+    batch_size: int,
 ) -> tuple[Systems, Plan]:
     """The systems, and which rows they are asked."""
     tokenizer = pair.sharers[0].tokenizer
@@ -163,7 +164,7 @@ def _systems(
     )  # fmt: skip
     limits = {one.name: one.limit for one in asked if one.limit is not None}
     plan = make_plan(
-        items, list(systems.by_name), length, batch_size=settings.batch_size,
+        items, list(systems.by_name), length, batch_size=batch_size,
         limits={name: limits[base] for name in systems.by_name if (base := systems.base[name]) in limits},
         paired=[name for name in systems.by_name if name == "mismatched"],
     )  # fmt: skip

@@ -57,7 +57,7 @@ def _with_text(pair: C2C, prefill: Prefill, items: Sequence[Item], found: Sequen
             replace(
                 answer,
                 text=ends.answer(text),
-                ended=len(ids) < limit or ends.complete(text) or _ends(pair.receiver, ids),
+                ended=len(ids) < limit or ends.complete(text) or ends_turn(pair.receiver, ids),
                 letter_logprobs=letter_logprobs(pair.receiver, logits[row], item.letters) if item.letters else (),
                 cost=replace(answer.cost, receiver_wrote=len(ids)),
             )
@@ -182,7 +182,8 @@ def without_padding(ids: Sequence[int], pad: int) -> list[int]:
     return ids
 
 
-def _ends(lm: LanguageModel, ids: Sequence[int]) -> bool:
+def ends_turn(lm: LanguageModel, ids: Sequence[int]) -> bool:
+    """Whether the last of these tokens ends the model's turn."""
     end = lm.model.generation_config.eos_token_id  # type: ignore[union-attr]
     return bool(ids) and ids[-1] in ({end} if isinstance(end, int) else set(end or ()))
 

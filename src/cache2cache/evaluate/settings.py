@@ -28,7 +28,6 @@ class Settings(BaseModel):
     limit: int | None = Field(default=None, gt=0)
     """Rows of each task, drawn by the seed; all by default."""
     seed: int = 0
-    batch_size: int = Field(default=16, ge=2)
     answer_tokens: int = Field(default=16, gt=0)
     """Most tokens of an answer to a multiple-choice question; other tasks have limits of their own."""
     message_tokens: int = Field(default=256, gt=0)
@@ -52,5 +51,7 @@ class Machine:
     """Folder of data sets; the hub by default."""
     prefills: Path | None = None
     """Folder that keeps every prefill for later runs; by default none is kept."""
+    batch_size: int = 16
+    """Most rows that are asked together; halved where memory runs out."""
     max_errors: float = 0.05
     """Largest share of a task's rows on which a system may fail."""

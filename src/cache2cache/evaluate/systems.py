@@ -11,8 +11,9 @@ from cache2cache.evaluate.forms import Form, kind_of
 from cache2cache.evaluate.heard import Listen
 from cache2cache.evaluate.items import Answer, Item
 from cache2cache.evaluate.prefills import Prefills
+from cache2cache.evaluate.writing import write
 from cache2cache.models.load import LanguageModel
-from cache2cache.pipeline import C2C, pad_id
+from cache2cache.pipeline import C2C
 from cache2cache.types import Conversation, Message, Timings, clock
 
 MESSAGE_PROMPT = (
@@ -142,12 +143,11 @@ class TextToText:
         messages: list[list[str]] = [[] for _ in items]
         for writer in self._writers:
             with clock(timings, "message"):
-                written = writer.generate(asked, do_sample=False, max_new_tokens=self._message_tokens)
-            assert isinstance(written, list), "a batch is answered with a list"
-            for row, note in enumerate(written):
-                read[row] += note.counts.receiver_prompt
-                wrote[row] += len(scoring.without_padding(note.ids, pad_id(writer.receiver)))
-                messages[row].append(note.text.strip())
+                written, prompts = write(writer, asked, self._message_tokens)
+            for row, ids in enumerate(written):
+                read[row] += prompts[row]
+                wrote[row] += len(ids)
+                messages[row].append(str(writer.receiver.tokenizer.decode(ids, skip_special_tokens=True)).strip())
         notes = ["\n\n".join(parts) for parts in messages]
         wording = self._receiver.forms[kind_of(items[0])].wording
         told = [_after(note, item.wordings[wording]) for note, item in zip(notes, items, strict=True)]

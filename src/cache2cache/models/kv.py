@@ -139,6 +139,11 @@ def repeat_rows(cache: DynamicCache, times: int) -> None:
         cache.batch_repeat_interleave(times)
 
 
+def select_rows(cache: DynamicCache, rows: Sequence[int]) -> None:
+    """Keep only these rows of the batch, in this order, in place."""
+    cache.batch_select_indices(torch.tensor(rows, device=device(cache)))
+
+
 def check(cache: object, layers: int, heads: int, head_dim: int, seen: int, name: str) -> None:
     """Raise ModelError unless the cache holds one (B, heads, seen, head_dim) key and value per layer.
 

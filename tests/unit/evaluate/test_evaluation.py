@@ -54,7 +54,7 @@ def data(tmp_path_factory):
 def settings(pair, data, **changes) -> Settings:
     options = {
         "receiver": str(pair / "tiny-receiver"), "sharers": (str(pair / "tiny-sharer"),), "fusers": (str(pair / "fuser"),),
-        "tasks": ("arc-easy",), "systems": SYSTEMS, "batch_size": 3, "message_tokens": 4, "latency_rows": 1,
+        "tasks": ("arc-easy",), "systems": SYSTEMS, "message_tokens": 4, "latency_rows": 1,
         "controls": f"mismatched,zeroed,random,self={pair / 'self'},without-sharer={pair / 'without-sharer'}",
         "receiver_form": "completion",
     }  # fmt: skip
@@ -78,7 +78,7 @@ def rows(out) -> dict:
 @pytest.fixture(scope="module")
 def whole(pair, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    evaluate(settings(pair, data), out, Machine(data_dir=data), command="c2c eval")
+    evaluate(settings(pair, data), out, Machine(batch_size=3, data_dir=data), command="c2c eval")
     return out
 
 
@@ -108,7 +108,7 @@ def test_an_interrupted_run_gives_the_same_report(pair, data, whole, tmp_path):
         for name in ("run.json", "decisions.json", "router-choice.safetensors"):
             (out / name).write_bytes((whole / name).read_bytes())
         (out / "rows.jsonl").write_bytes(lines[: rng.randrange(len(lines))])
-        evaluate(settings(pair, data), out, Machine(data_dir=data))
+        evaluate(settings(pair, data), out, Machine(batch_size=3, data_dir=data))
         assert rows(out) == rows(whole)
         assert numbers(out) == numbers(whole)
 
@@ -116,22 +116,22 @@ def test_an_interrupted_run_gives_the_same_report(pair, data, whole, tmp_path):
 def test_systems_that_are_added_later_answer_as_if_they_had_been_there(pair, data, whole, tmp_path):
     for systems, controls in (("receiver,t2t:2", ""), ("t2t:3,c2c", "mismatched,zeroed"), (SYSTEMS, None)):
         changes = {"systems": systems} if controls is None else {"systems": systems, "controls": controls}
-        evaluate(settings(pair, data, **changes), tmp_path / "run", Machine(data_dir=data))
+        evaluate(settings(pair, data, **changes), tmp_path / "run", Machine(batch_size=3, data_dir=data))
     assert rows(tmp_path / "run") == rows(whole)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"seed": 1}, "seed was 0, is 1"), ({"batch_size": 4}, "batch_size"), ({"limit": 4}, "rows was 7, is 4")],
+    [({"seed": 1}, "seed was 0, is 1"), ({"limit": 4}, "rows was 7, is 4")],
 )
 def test_a_folder_of_another_run_is_refused(pair, data, whole, changes, message):
     with pytest.raises(DataError, match=message):
-        evaluate(settings(pair, data, **changes), whole, Machine(data_dir=data))
+        evaluate(settings(pair, data, **changes), whole, Machine(batch_size=3, data_dir=data))
 
 
 def test_prefills_kept_on_disk_change_nothing(pair, data, whole, tmp_path):
     for out in ("first", "second"):  # the second run reads all that the first one kept
-        machine = Machine(data_dir=data, prefills=tmp_path / "prefills")
+        machine = Machine(batch_size=3, data_dir=data, prefills=tmp_path / "prefills")
         evaluate(settings(pair, data, latency_rows=0), tmp_path / out, machine)
         for key, row in rows(tmp_path / out).items():
             expected = rows(whole)[key]
@@ -144,7 +144,7 @@ def test_chats_are_measured_by_the_likelihood_of_their_responses(pair, data, tmp
         pair, data, tasks=(str(data / "talks.jsonl"),), systems="receiver,sharer,c2c,t2t", controls="mismatched,random",
         sharer_form="completion",
     )  # fmt: skip
-    report = evaluate(chosen, tmp_path / "run", Machine(data_dir=data))
+    report = evaluate(chosen, tmp_path / "run", Machine(batch_size=3, data_dir=data))
     task = report.tasks["talks"]
     assert task.primary == "nats"
     assert set(task.systems) == {"receiver", "sharer", "c2c", "t2t", "mismatched", "random"}
@@ -155,11 +155,11 @@ def test_a_task_without_training_rows_asks_in_the_default_form_and_cannot_be_rou
     chosen = settings(
         pair, data, tasks=(str(data / "talks.jsonl"),), systems="receiver", controls="", receiver_form=None
     )
-    report = evaluate(chosen, tmp_path / "run", Machine(data_dir=data))
+    report = evaluate(chosen, tmp_path / "run", Machine(batch_size=3, data_dir=data))
     assert report.run["forms"]["receiver"]["text"] == {"form": "chat", "rows": 0, "scores": {}}
     routed = settings(pair, data, tasks=(str(data / "talks.jsonl"),), systems="routing", controls="")
     with pytest.raises(DataError, match="training rows"):
-        evaluate(routed, tmp_path / "routed", Machine(data_dir=data))
+        evaluate(routed, tmp_path / "routed", Machine(batch_size=3, data_dir=data))
 
 
 @pytest.mark.parametrize(
@@ -178,4 +178,4 @@ def test_a_task_is_asked_once(pair, data):
 @pytest.mark.parametrize("form", ["poem", "plain"])
 def test_an_unknown_form_is_refused(pair, data, tmp_path, form):
     with pytest.raises(DataError, match="prompt form"):
-        evaluate(settings(pair, data, receiver_form=form), tmp_path / "run", Machine(data_dir=data))
+        evaluate(settings(pair, data, receiver_form=form), tmp_path / "run", Machine(batch_size=3, data_dir=data))

@@ -8,7 +8,7 @@ import torch
 
 from cache2cache import C2C
 from cache2cache.errors import DataError
-from cache2cache.evaluate import build, names, scoring, systems
+from cache2cache.evaluate import build, names, scoring, systems, writing
 from cache2cache.evaluate.forms import FORMS
 from cache2cache.evaluate.heard import Mismatched, Own, Replaced, sharer_statistics
 from cache2cache.evaluate.items import Item
@@ -326,3 +326,21 @@ def test_names_with_limits_and_fusers():
 def test_wrong_names_are_refused(asked, controls, message):
     with pytest.raises(DataError, match=message):
         names.parse(asked, controls)
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 5, 31, 32, 33, 70])
+def test_texts_of_a_batch_are_those_that_generate_writes_alone(limit, monkeypatch):
+    """Also beyond the stride at which rows that have ended leave the batch, and where rows end at different times."""
+    lm = C2C(RECEIVER)
+    alone = [lm.generate(item.messages, do_sample=False, max_new_tokens=limit) for item in ITEMS]
+    texts, read = writing.write(lm, [item.messages for item in ITEMS], limit)
+    assert texts == [answer.ids for answer in alone]
+    assert read == [answer.counts.receiver_prompt for answer in alone]
+    # A token that some texts hold early and others late or never now ends the turn.
+    end = alone[0].ids[len(alone[0].ids) // 2]
+    monkeypatch.setattr(RECEIVER.model.generation_config, "eos_token_id", [end])
+    cut = [answer.ids[: answer.ids.index(end) + 1] if end in answer.ids else answer.ids for answer in alone]
+    assert writing.write(lm, [item.messages for item in ITEMS], limit)[0] == cut
