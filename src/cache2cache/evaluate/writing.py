@@ -7,13 +7,18 @@ from collections.abc import Sequence
 import torch
 
 from cache2cache.evaluate.scoring import ends_turn, without_padding
-from cache2cache.inputs import Inputs
+from cache2cache.inputs import Inputs, collate
 from cache2cache.models import kv
 from cache2cache.pipeline import C2C, Prefill, pad_id
+from cache2cache.train.data import left_padded
+from cache2cache.train.features import by_length, prefill_rows
 from cache2cache.types import Conversation
 
 _STRIDE = 32
 """Tokens between two looks at who has ended."""
+
+_BATCH_TOKENS = 2048
+"""Of one forward pass over prompts."""
 
 
 def write(lm: C2C, conversations: Sequence[Conversation], limit: int) -> tuple[list[list[int]], list[int]]:
@@ -25,7 +30,7 @@ def write(lm: C2C, conversations: Sequence[Conversation], limit: int) -> tuple[l
     Returns:
         Token ids without padding, and prompt tokens; a list each, in order.
     """
-    prefill = lm.read(lm.prepare(conversations))
+    prefill = _read(lm, conversations)
     read = prefill.mask.sum(1).tolist()
     texts: list[list[int]] = [[] for _ in conversations]
     rows = list(range(len(conversations)))
@@ -43,6 +48,18 @@ def write(lm: C2C, conversations: Sequence[Conversation], limit: int) -> tuple[l
         kv.select_rows(prefill.cache, going)
         rows = [rows[i] for i in going]
         prefill = Prefill(Inputs(ids, mask, ()), prefill.cache, [])
+
+
+def _read(lm: C2C, conversations: Sequence[Conversation]) -> Prefill:
+    """One batch, read in parts of about the same length, so that little padding is read."""
+    rows = lm.rows(conversations)
+    prompts = [row.ids[:-1] for row in rows]
+    caches: dict[int, torch.Tensor] = {}
+    for batch in by_length(prompts, _BATCH_TOKENS):
+        caches |= zip(batch, prefill_rows(lm.receiver, [prompts[i] for i in batch]), strict=True)
+    whole = left_padded([caches[i] for i in range(len(rows))]).to(lm.receiver.device)
+    inputs = collate(rows, pad_id(lm.receiver), [])
+    return Prefill(inputs, kv.from_tensors(list(zip(*whole, strict=True))), [])
 
 
 def _ended(lm: C2C, new: Sequence[int], text: Sequence[int], step: int, limit: int) -> bool:

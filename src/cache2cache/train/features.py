@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -47,6 +47,19 @@ def prefill_rows(lm: LanguageModel, prompts: Sequence[Ids]) -> list[torch.Tensor
         mask[i, : len(row)] = 1
     whole = kv.stack(kv.prefill(lm.model, ids.to(lm.device), mask.to(lm.device))).to("cpu")
     return [whole[:, :, i, :, : len(row)].contiguous() for i, row in enumerate(prompts)]
+
+
+def by_length(prompts: Sequence[Ids], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts in batches of about the same length, the longest first.
+
+    Args:
+        batch_tokens: tokens, padding included, of one batch; a longer prompt is a batch of its own.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    while order:
+        count = max(1, batch_tokens // len(prompts[order[0]]))
+        batch, order = order[:count], order[count:]
+        yield batch
 
 
 class PrefillStore:
@@ -93,14 +106,14 @@ class PrefillStore:
         return self._shard_of[key].get_tensor(key)
 
     def compute(self, lm: LanguageModel, prompts: Iterable[Ids], *, batch_tokens: int = 1024) -> None:
-        """Prefill whatever is missing; an interrupted run goes on where it stopped.
+        """Prefill whatever is missing, the longest first, so that the time left is never underestimated; an interrupted run
+        goes on where it stopped.
 
         Args:
             batch_tokens: tokens, padding included, of one forward pass.
         """
         todo = {row_key(ids): list(ids) for ids in prompts if ids not in self}
-        # Longest first: the batches hold little padding, and the time left is never underestimated.
-        order = sorted(todo, key=lambda key: (-len(todo[key]), key))
+        keys, missing = list(todo), list(todo.values())
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -108,17 +121,17 @@ class PrefillStore:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         ) as bar:
-            task = bar.add_task(f"prefill {self.card.id}", total=sum(map(len, todo.values())))
+            task = bar.add_task(f"prefill {self.card.id}", total=sum(map(len, missing)))
             shard: dict[str, torch.Tensor] = {}
-            while order:
-                width = len(todo[order[0]])
-                count = max(1, batch_tokens // width)
-                batch, order = order[:count], order[count:]
-                shard |= zip(batch, prefill_rows(lm, [todo[key] for key in batch]), strict=True)
-                bar.advance(task, sum(len(todo[key]) for key in batch))
-                if len(shard) >= _SHARD_ROWS or not order:
+            for batch in by_length(missing, batch_tokens):
+                rows = [missing[i] for i in batch]
+                shard |= zip((keys[i] for i in batch), prefill_rows(lm, rows), strict=True)
+                bar.advance(task, sum(map(len, rows)))
+                if len(shard) >= _SHARD_ROWS:
                     self.add(shard)
                     shard = {}
+            if shard:
+                self.add(shard)
 
     def add(self, shard: dict[str, torch.Tensor]) -> None:
         """Keep the caches of these row keys, all of them or, if interrupted, none."""
