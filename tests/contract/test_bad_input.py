@@ -170,11 +170,14 @@ def test_ids_that_do_not_belong_together(c2c, arguments, words):
         c2c.prefill(receiver_ids=IDS, **arguments)
 
 
+STANDARD = (ValueError, LookupError, OSError, ImportError, RuntimeError)
+
+
 def test_every_error_is_a_c2c_error_and_a_standard_one_and_survives_pickling():
     kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, C2CError) and e is not C2CError]
     assert len(kinds) > 10
     for kind in kinds:
-        assert any(issubclass(kind, standard) for standard in (ValueError, LookupError, OSError, ImportError)), kind
+        assert any(issubclass(kind, standard) for standard in STANDARD), kind
         error = kind("it broke", got=3, allowed="1, 2", hint="Try 1")
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is kind

@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+import torch
 
 from cache2cache.errors import DataError
 from cache2cache.evaluate import evaluation
@@ -13,6 +14,15 @@ from cache2cache.evaluate.settings import Machine, Settings
 from cache2cache.testing import random_fuser, tiny_pair
 
 SYSTEMS = "receiver,sharer,t2t:3,t2t-fair:2,routing,c2c"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """With several, the order of a sum may differ from one run to the next, and the last bits with it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

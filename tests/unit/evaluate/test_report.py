@@ -231,7 +231,7 @@ def test_markdown_tables_hold_the_numbers(folder):
     assert column(scores, "− sharer", "c2c") == "+12.5 (0.0–25.0)"
     assert column(scores, "− receiver", "t2t") == "–"
     pairs = table_with(tables, "pair", "only the first right")
-    assert pairs[1] == ["c2c − receiver", "likelihood", "+50.0 (37.5–62.5)", "8", "<0.001", "5", "1"]
+    assert ["c2c − receiver", "likelihood", "+50.0 (37.5–62.5)", "8", "<0.001", "5", "1"] in pairs
     assert column(table_with(tables, "cache crossed"), "cache crossed", "c2c") == "24.6 kB"
     assert column(table_with(tables, "cache crossed"), "tokens sharer read", "c2c") == "140.5"
     assert column(table_with(tables, "calibration error"), "calibration error", "c2c") == "0.062"
