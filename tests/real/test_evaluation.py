@@ -19,11 +19,12 @@ pytestmark = pytest.mark.real
 QUESTIONS = str(files("cache2cache") / "data" / "demo_questions.jsonl")
 
 
+@pytest.mark.timeout(900)
 def test_the_demo_pair_is_evaluated_from_the_command_line(tmp_path):
     result = CliRunner().invoke(
         app,
         ["eval", "--tasks", QUESTIONS, "--systems", "receiver,sharer,c2c,t2t:2", "--controls", "mismatched,zeroed,random",
-         "--receiver-form", "chat", "--sharer-form", "quiz", "--message-tokens", "16", "--latency-rows", "2",
+         "--receiver-form", "chat", "--sharer-form", "quiz", "--message-tokens", "16", "--latency-rows", "1",
          "--out", str(tmp_path)],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
