@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cache2cache.cli import pair as options
+from cache2cache.errors import MissingExtraError
 
 app = typer.Typer(help="Compare C2C with every other way of answering, and with controls.")
 
@@ -17,6 +19,19 @@ _TASKS = "Comma-separated names, see `c2c eval tasks`, or .jsonl files of your o
 _SYSTEMS = "Comma-separated: receiver, sharer, t2t, t2t-fair, routing, c2c. `t2t:300` asks only 300 rows of each task."
 _CONTROLS = "Comma-separated: mismatched, zeroed, random, self=FUSER, without-sharer=FUSER."
 _FORM = "Prompt form: chat, chat-paper, completion, quiz."
+
+
+def _need_extra() -> None:
+    """Say at once, and not after an hour, that a library of the extra `eval` is missing."""
+    missing = [
+        name
+        for name in ("scipy", "matplotlib", "sklearn", "torchmetrics", "math_verify")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise MissingExtraError(
+            "c2c eval needs more libraries", got=f"no {', '.join(missing)}", hint="pip install 'cache2cache[eval]'"
+        )
 
 
 @app.callback(invoke_without_command=True)
@@ -90,6 +105,7 @@ def evaluate(
     for name in {device, sharer_device or device}:
         options.check_device(name)
 
+    _need_extra()
     from rich.console import Console
 
     from cache2cache.evaluate.evaluation import evaluate as run
@@ -115,6 +131,7 @@ def compare(
     markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown.")] = False,
 ) -> None:
     """Two runs side by side, with paired differences on the rows that both asked."""
+    _need_extra()
     from rich.console import Console
 
     from cache2cache.evaluate.report import compare as comparing

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cache2cache.errors import EvaluationError
 from cache2cache.evaluate.items import Answer, System
 from cache2cache.evaluate.plan import Batch
+from cache2cache.models.disk import is_full
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Asker:
         """One reply per row, in order.
 
         Raises:
-            EvaluationError: the system gave more or fewer answers than it was asked for. Then nobody knows which answer
-                belongs to which row.
+            EvaluationError: the disk is full, or the system gave more or fewer answers than it was asked for, so that nobody
+                knows which answer belongs to which row.
         """
         if len(batch) > 1 and batch.tokens >= self._too_large:
             return self._in_parts(batch, math.ceil(len(batch) / 2))
@@ -47,6 +48,10 @@ class Asker:
         except EvaluationError:
             raise
         except Exception as error:
+            if is_full(error):  # the machine's fault, not a wrong answer
+                raise EvaluationError(
+                    "the disk is full", got=str(error), hint="Free some space and give the same command again"
+                ) from error
             reply, too_large = Reply(None, error=_described(error)), _out_of_memory(error)
         # Out of the handler: the exception holds the tensors of the frames that it passed through.
         if too_large:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import sys
 import time
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from cache2cache import __version__
@@ -31,6 +33,7 @@ from cache2cache.evaluate.settings import Machine, Settings
 from cache2cache.evaluate.summary import TaskInfo, summarise
 from cache2cache.evaluate.tasks.base import Loaded, Split, Task
 from cache2cache.evaluate.tasks.load import load
+from cache2cache.fuser.base import Fuser
 from cache2cache.pipeline import C2C
 
 
@@ -53,7 +56,7 @@ def evaluate(
     loaded = {name: _load(task, "test", limit, settings, machine) for name, (task, limit) in chosen.items()}
     items = {name: _asked_for(rows.items, settings.answer_tokens) for name, rows in loaded.items()}
     pair = _pair(settings, machine)
-    identity = _identity(settings, asked, loaded)
+    identity = _identity(settings, pair, asked, loaded)
     prefills = Prefills(machine.prefills)
     with folder.held(out, identity):
         decisions = decide(
@@ -101,13 +104,38 @@ def _tasks(settings: Settings) -> dict[str, tuple[Task, int | None]]:
     return chosen
 
 
-def _identity(settings: Settings, asked: Sequence[Asked], loaded: Mapping[str, Loaded]) -> dict[str, Any]:
-    """What must not change when a run goes on. Systems may be added, and asked more rows."""
+def _identity(settings: Settings, pair: C2C, asked: Sequence[Asked], loaded: Mapping[str, Loaded]) -> dict[str, Any]:
+    """What must not change when a run goes on. Systems may be added, and asked more rows.
+
+    Fusers and rows are known by what they hold, so that a fuser that was trained again, or a file that was edited, is noticed.
+    """
     return {
         **settings.model_dump(mode="json", exclude={"systems", "controls", "tasks", "limit", "latency_rows"}),
-        "tasks": {name: {"source": x.source, "rows": len(x.items)} for name, x in loaded.items()},
-        "systems": {one.name: {"fuser": one.fuser} for one in asked},
+        "models": [
+            lm.card.model_dump(mode="json", include={"id", "revision", "tokenizer"})
+            for lm in (pair.receiver, *pair.sharers)
+        ],
+        "weights": [_weights(fuser) for fuser in pair.fusers],
+        "tasks": {
+            name: {"source": x.source, "rows": len(x.items), "digest": _digest(x.items)} for name, x in loaded.items()
+        },
+        "systems": {
+            one.name: {"fuser": one.fuser, "weights": one.fuser and _weights(Fuser.from_pretrained(one.fuser))}
+            for one in asked
+        },
     }
+
+
+def _weights(fuser: Fuser) -> str:
+    digest = hashlib.sha256(fuser.config.model_dump_json().encode())
+    for name, tensor in sorted(fuser.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(items: Sequence[Item]) -> str:
+    return hashlib.sha256("\n".join(map(repr, items)).encode()).hexdigest()[:16]
 
 
 def _pair(settings: Settings, machine: Machine) -> C2C:
@@ -179,7 +207,6 @@ def _about(
     settings: Settings, pair: C2C, rows: Sequence[RowRecord], decisions: Decisions, command: str, start: float
 ) -> dict[str, Any]:
     """What was run, on what."""
-    import torch
     import transformers
 
     return {
@@ -203,8 +230,6 @@ def _about(
 
 def _peak_memory() -> dict[str, int]:
     """Of this process, since it began, by device."""
-    import torch
-
     peak = {}
     if sys.platform != "win32":
         import resource

@@ -14,7 +14,11 @@ from cache2cache.errors import DataError
 from cache2cache.evaluate.items import Item
 from cache2cache.text.chat import BOS
 
-_CONTENTS = "{{ messages | map(attribute='content') | join('\n\n') }}"
+_CONTENTS = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '\nAnswer: ' }}{% elif not loop.first %}{{ '\n\n' }}{% endif %}"
+    "{{ message['content'] }}{% endfor %}"
+)
 _ANSWER = "{% if add_generation_prompt %}{{ '\nAnswer:' }}{% endif %}"
 
 

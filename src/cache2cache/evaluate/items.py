@@ -26,7 +26,7 @@ class Item:
     letters: str = ""
     """The valid letters of a multiple-choice question; empty for other tasks."""
     accepted: tuple[str, ...] = ()
-    """Every answer that counts as right, where a task has several; the first is `target`."""
+    """Every answer that counts as right, where that is not just `target`."""
     max_new_tokens: int = 64
     """Most tokens of the answer; 0 asks for none, and then only the likelihood of the target is measured."""
     one_line: bool = True

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cache2cache.evaluate.scoring import ends_turn, without_padding
+from cache2cache.evaluate.scoring import ends_turn
 from cache2cache.inputs import Inputs, collate
 from cache2cache.models import kv
 from cache2cache.pipeline import C2C, Prefill, pad_id
@@ -39,7 +39,7 @@ def write(lm: C2C, conversations: Sequence[Conversation], limit: int) -> tuple[l
         answers = lm.decode(prefill, do_sample=False, num_beams=1, max_new_tokens=step)
         raw = answers[0].raw
         for row, answer in zip(rows, answers, strict=True):
-            texts[row] += without_padding(answer.ids, pad_id(lm.receiver))
+            texts[row] += answer.ids  # up to the end token, so without padding
         going = [i for i, row in enumerate(rows) if not _ended(lm, answers[i].ids, texts[row], step, limit)]
         if not going:
             return texts, read

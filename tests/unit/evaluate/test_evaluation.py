@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 from cache2cache.errors import DataError
 from cache2cache.evaluate import evaluation
 from cache2cache.evaluate.evaluation import evaluate
+from cache2cache.evaluate.forms import FORMS
 from cache2cache.evaluate.settings import Machine, Settings
-from cache2cache.testing import random_fuser, tiny_pair
+from cache2cache.testing import random_fuser, tiny_pair, tiny_tokenizer
+from cache2cache.text.chat import render
 
 SYSTEMS = "receiver,sharer,t2t:3,t2t-fair:2,routing,c2c"
 
@@ -189,3 +192,32 @@ def test_a_task_is_asked_once(pair, data):
 def test_an_unknown_form_is_refused(pair, data, tmp_path, form):
     with pytest.raises(DataError, match="prompt form"):
         evaluate(settings(pair, data, receiver_form=form), tmp_path / "run", Machine(batch_size=3, data_dir=data))
+
+
+def test_a_fuser_that_was_trained_again_and_rows_that_were_edited_are_noticed(pair, data, tmp_path):
+    """Under the same names, they would otherwise be mixed with what was answered before."""
+    fuser, questions = tmp_path / "fuser", tmp_path / "mine.jsonl"
+    shutil.copytree(pair / "fuser", fuser)
+    shutil.copy(data / "talks.jsonl", questions)
+    chosen = settings(
+        pair, data, fusers=(str(fuser),), tasks=(str(questions),), systems="receiver", controls="",
+        sharer_form="completion", latency_rows=0,
+    )  # fmt: skip
+    evaluate(chosen, tmp_path / "run", Machine(batch_size=3))
+    original = questions.read_text()
+    questions.write_text(original.replace("Tell me of", "Speak of"))
+    with pytest.raises(DataError, match=r"tasks\.mine\.digest was"):
+        evaluate(chosen, tmp_path / "run", Machine(batch_size=3))
+    questions.write_text(original)
+    receiver, sharer = tiny_pair()
+    shutil.rmtree(fuser)
+    random_fuser(receiver, sharer, seed=7, fuse_last=8).save_pretrained(fuser)
+    with pytest.raises(DataError, match="weights was"):
+        evaluate(chosen, tmp_path / "run", Machine(batch_size=3))
+
+
+def test_a_completion_shows_who_said_what():
+    turns = [("user", "Who?"), ("assistant", "Me."), ("user", "Why?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = render(tiny_tokenizer(), messages, template=FORMS["completion"].template).text
+    assert text == "Who?\nAnswer: Me.\n\nWhy?\nAnswer:"

@@ -1,5 +1,6 @@
 """Broken systems, planted beside sound ones, are reported as what they are: from rows to the sentences of the report."""
 
+import errno
 import hashlib
 import json
 
@@ -133,3 +134,13 @@ def test_a_system_that_never_stops_is_cut_off_and_names_nothing(task, tmp_path):
     assert (broken.cut_off.value, broken.format_failures.value, broken.metrics["generate"].value) == (1, 1, 0)
     assert (sound.cut_off.value, sound.format_failures.value) == (0, 0)
     assert broken.tokens["receiver_wrote"] == 64
+
+
+def test_a_full_disk_is_no_wrong_answer_but_ends_the_run(task, tmp_path):
+    class FillsTheDisk(Knows):
+        def answer(self, items):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(EvaluationError, match="disk is full"):
+        asked(task, tmp_path, FillsTheDisk("c2c"), max_errors=1)
+    assert read_records(tmp_path / folder.ROWS, RowRecord) == []

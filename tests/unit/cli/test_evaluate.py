@@ -1,0 +1,36 @@
+"""`c2c eval`: what is said before anything is loaded."""
+
+import importlib.util
+
+import pytest
+from typer.testing import CliRunner
+
+from cache2cache.cli import app
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["eval", *arguments])
+
+
+def test_the_known_tasks_are_listed_with_their_licences():
+    result = invoke("tasks")
+    assert result.exit_code == 0
+    for words in ("arc_easy", "mmlu_redux", "gsm8k", "CC BY"):
+        assert words in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--tasks", "arc-easy"), ("--out", "x"), ("--tasks", "arc-easy", "--out", "x", "-s", "b")]
+)
+def test_what_is_needed_is_asked_for(arguments):
+    assert invoke(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("arguments", [("--tasks", "arc-easy", "--out", "run"), ("compare", "a", "b")])
+def test_a_missing_library_is_named_with_the_extra_that_has_it(arguments, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name))
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    assert "no scipy" in result.output
+    assert "cache2cache[eval]" in result.output
