@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from cache2cache.inputs import Inputs
 from cache2cache.models import kv
 from cache2cache.pipeline import C2C, Prefill
 from cache2cache.streaming import stream
@@ -53,20 +55,10 @@ class Chat:
         prepared = self.pair.prepare([messages], None, timings)
         last = self._last
         if last is not None:
-            self._rewind(last, prepared)
+            prepared = rewind(last, self._written, prepared)
         prefill = self.pair.read(prepared, resume=last, timings=timings)
         self.messages = messages
         return prefill
-
-    def _rewind(self, last: Prefill, prepared) -> None:
-        """Cut every cache back to the tokens that the new rendering still begins with."""
-        known = torch.cat([last.ids[0], torch.tensor(self._written, dtype=torch.long)])
-        # The prompt's last token must be read by the decoder, so it may not be in the cache yet.
-        keep = min(_common(known, prepared.ids[0]), prepared.ids.shape[1] - 1, kv.length(last.cache))
-        kv.truncate(last.cache, keep)
-        for cache, old, new in zip(last.sharer_caches, last.inputs.sharers, prepared.sharers, strict=True):
-            if old is not None and new is not None:
-                kv.truncate(cache, min(_common(old.ids[0], new.ids[0]), kv.length(cache)))
 
     def _keep(self, prefill: Prefill, answer: Generation) -> Generation:
         self._last, self._written = prefill, answer.ids
@@ -79,6 +71,33 @@ class Chat:
             if (generate_kwargs.get(name) or 1) > 1:
                 raise ValueError(f"a chat follows one answer: {name} must be 1, got {generate_kwargs[name]}")
         return generate_kwargs
+
+
+def rewind(last: Prefill, written: Sequence[int], prepared: Inputs) -> Inputs:
+    """Cut every cache of an earlier turn back to the tokens that a new prompt still begins with, one row each.
+
+    Args:
+        last: the earlier turn, as it was decoded; its caches are cut in place.
+        written: the tokens of its answer.
+        prepared: the new prompt.
+
+    Returns:
+        The new prompt, of which nothing is due that the receiver's cache holds already: it stays fused as it was.
+    """
+    known = torch.cat([last.ids[0].cpu(), torch.tensor(written, dtype=torch.long)])
+    # The prompt's last token must be read by the decoder, so it may not be in the cache yet.
+    keep = min(_common(known, prepared.ids[0]), prepared.ids.shape[1] - 1, kv.length(last.cache))
+    kv.truncate(last.cache, keep)
+    parts = []
+    for cache, old, new in zip(last.sharer_caches, last.inputs.sharers, prepared.sharers, strict=True):
+        if old is not None and new is not None:
+            kv.truncate(cache, min(_common(old.ids[0], new.ids[0]), kv.length(cache)))
+        if new is not None:
+            due = new.due.clone()
+            due[:, :keep] = 0
+            new = replace(new, due=due)
+        parts.append(new)
+    return replace(prepared, sharers=tuple(parts))
 
 
 def _common(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -5,6 +5,8 @@ Each is a `C2CError` and also the standard exception that a caller would expect,
 what is wrong, what was got, what is allowed, what to do next.
 """
 
+from typing import Any
+
 
 class C2CError(Exception):
     """Base of all errors of this package.
@@ -30,7 +32,7 @@ class C2CError(Exception):
             text += f". {self.hint}"
         return text
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.what, self.got, self.allowed, self.hint)
 
 
@@ -92,8 +94,50 @@ class DataError(C2CError, ValueError):
     """Rows that do not have the promised form."""
 
 
+class TrainingError(C2CError, RuntimeError):
+    """A training run that cannot go on: another run's folder, a loss that is not finite or explodes."""
+
+
 class EvaluationError(C2CError, RuntimeError):
     """A system that fails on more rows than a run allows, or that breaks the promises of its interface."""
+
+
+class PayloadError(C2CError, ValueError):
+    """A sharer's cache that is malformed, damaged, tampered with, too large, or of another model or prompt."""
+
+
+class RequestError(C2CError, ValueError):
+    """A request that a server cannot answer as it is asked: an unknown sharer, options out of range, too much memory.
+
+    Args:
+        field: the request's field that is at fault, where it is one.
+    """
+
+    def __init__(self, what: str, *, field: str | None = None, **rest: Any):
+        super().__init__(what, **rest)
+        self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return *super().__reduce__(), {"field": self.field}
+
+
+class BusyError(C2CError, RuntimeError):
+    """A server that takes no further request now: its queue is full, or it is about to stop.
+
+    Args:
+        retry_after: seconds after which asking again is worth it.
+    """
+
+    def __init__(self, what: str, *, retry_after: float = 1.0, **rest: Any):
+        super().__init__(what, **rest)
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return *super().__reduce__(), {"retry_after": self.retry_after}
+
+
+class SharerError(C2CError, RuntimeError):
+    """A sharer that runs as a service and is dead, slow, busy, not the model that it was, or sends what it should not."""
 
 
 class MissingExtraError(C2CError, ImportError):

@@ -13,7 +13,7 @@ import torch
 
 from cache2cache.errors import AlignmentError, ContextLengthError
 from cache2cache.fuser.base import Fuser
-from cache2cache.models.load import LanguageModel
+from cache2cache.models.load import LanguageModel, Sharer
 from cache2cache.text.align import align
 from cache2cache.text.chat import render
 from cache2cache.text.retokenise import retokenise
@@ -71,7 +71,7 @@ class Inputs:
 def row(
     messages: Conversation,
     receiver: LanguageModel,
-    sharers: Sequence[LanguageModel],
+    sharers: Sequence[Sharer],
     fusers: Sequence[Fuser],
     speaking: Sequence[int],
     timings: Timings,
@@ -126,7 +126,7 @@ def _only_last(due: np.ndarray, last: int | None) -> np.ndarray:
     return due
 
 
-def _retokenised(messages: Conversation, receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser):
+def _retokenised(messages: Conversation, receiver: LanguageModel, sharer: Sharer, fuser: Fuser):
     """The published fusers' alignment, and their spans: message by message, templates left as they are."""
     config = fuser.config
     both = retokenise(
@@ -147,7 +147,7 @@ def _retokenised(messages: Conversation, receiver: LanguageModel, sharer: Langua
     return both.sharer_ids[~both.sharer_padding], both.alignment, due
 
 
-def _checked(row: Row, receiver: LanguageModel, sharers: Sequence[LanguageModel]) -> Row:
+def _checked(row: Row, receiver: LanguageModel, sharers: Sequence[Sharer]) -> Row:
     check_length(receiver, len(row.ids), 1)
     for lm, part in zip(sharers, row.sharers, strict=True):
         if part is not None:
@@ -161,7 +161,7 @@ def _checked(row: Row, receiver: LanguageModel, sharers: Sequence[LanguageModel]
     return row
 
 
-def check_length(lm: LanguageModel, prompt: int, new: int) -> None:
+def check_length(lm: Sharer, prompt: int, new: int) -> None:
     """Raise ContextLengthError unless prompt and new tokens fit into the model's context."""
     longest = lm.card.geometry.max_positions
     if longest is not None and prompt + new > longest:
@@ -175,7 +175,7 @@ def check_length(lm: LanguageModel, prompt: int, new: int) -> None:
 
 def collate(rows: Sequence[Row], pad: int, sharer_pads: Sequence[int]) -> Inputs:
     """Pad rows on the left into one batch."""
-    ids, mask = _pad([row.ids for row in rows], pad)
+    ids, mask = padded([row.ids for row in rows], pad)
     width = ids.shape[1]
     sharers: list[SharerInputs | None] = []
     for i, sharer_pad in enumerate(sharer_pads):
@@ -184,7 +184,7 @@ def collate(rows: Sequence[Row], pad: int, sharer_pads: Sequence[int]) -> Inputs
             sharers.append(None)
             continue
         # A row in which this sharer is silent gets one token to read, since a batch has no empty rows.
-        their_ids, their_mask = _pad([np.zeros(1, np.int64) if p is None else p.ids for p in parts], sharer_pad)
+        their_ids, their_mask = padded([np.zeros(1, np.int64) if p is None else p.ids for p in parts], sharer_pad)
         alignment, due = torch.zeros((2, len(rows), width), dtype=torch.long)
         for b, part in enumerate(parts):
             if part is not None:
@@ -195,7 +195,8 @@ def collate(rows: Sequence[Row], pad: int, sharer_pads: Sequence[int]) -> Inputs
     return Inputs(ids, mask, tuple(sharers))
 
 
-def _pad(rows: Sequence[np.ndarray], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(rows: Sequence[np.ndarray], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, N) padded on the left, and their mask (B, N)."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)

@@ -6,30 +6,34 @@ Decoding is `transformers.generate`'s: the fused cache is an ordinary cache hand
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache2cache import inputs
-from cache2cache.errors import FuserMismatchError, GenerationError
+from cache2cache.errors import FuserMismatchError, GenerationError, MissingExtraError, SharerError
 from cache2cache.fuser.base import Fuser
 from cache2cache.fuser.several import FusionMode, Speaker, fused_kv
 from cache2cache.inputs import Inputs, Row, SharerInputs
 from cache2cache.models import kv
-from cache2cache.models.load import LanguageModel, load
-from cache2cache.types import Conversation, Generation, Message, Timings, TokenCounts, clock
+from cache2cache.models.load import LanguageModel, Sharer, load
+from cache2cache.types import Conversation, Generation, Message, SharerPolicy, Timings, TokenCounts, clock
 
 if TYPE_CHECKING:
     from cache2cache.chat import Chat
+    from cache2cache.serve.remote import RemoteOptions
 
 DEFAULT_NEW_TOKENS = 256
 """Asked for when neither max_new_tokens nor max_length is given, as far as the context has room."""
 
 REFUSED_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 """With these, transformers 5.19 ignores that a cache holds the prompt already."""
+
+ADDRESSES = ("http://", "https://")
+"""How the name of a sharer begins that is elsewhere."""
 
 Model = LanguageModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -42,8 +46,10 @@ class Prefill:
     cache: DynamicCache
     """The receiver's, fused: every prompt token but the last."""
     sharer_caches: list[DynamicCache]
-    """One per sharer; empty where it did not speak."""
+    """One per sharer; empty where it did not speak, or keeps its cache elsewhere."""
     timings: Timings = field(default_factory=Timings)
+    degraded: dict[int, str] = field(default_factory=dict)
+    """Sharers that should have spoken and could not, and why. They do not speak in `inputs` either."""
 
     @property
     def ids(self) -> torch.Tensor:
@@ -61,11 +67,12 @@ class C2C:
 
     Args:
         receiver: the model that answers, as a `LanguageModel` or a (model, tokenizer) pair.
-        sharers: the models that it listens to.
+        sharers: the models that it listens to, here or elsewhere (`RemoteSharer`).
         fusers: one per sharer.
         mode: how several sharers are combined, "parallel" or "sequential".
         template: how the receiver's prompts are rendered: a name, Jinja text, or None for its own chat template. Only
             without fusers: with them it is what they were trained with.
+        on_sharer_failure: "fail", or answer without a remote sharer that cannot be heard: see `Generation.degraded`.
 
     Raises:
         FuserMismatchError: a fuser that was trained for another pair, or not one fuser per sharer.
@@ -75,15 +82,19 @@ class C2C:
     def __init__(
         self,
         receiver: Model,
-        sharers: Sequence[Model] = (),
+        sharers: Sequence[Model | Sharer] = (),
         fusers: Sequence[Fuser] = (),
         mode: FusionMode = "parallel",
         template: str | None = None,
+        on_sharer_failure: SharerPolicy = "fail",
     ):
-        self.receiver = _language_model(receiver)
-        self.sharers = [_language_model(sharer) for sharer in sharers]
+        self.receiver = LanguageModel.wrap(*receiver) if isinstance(receiver, tuple) else receiver
+        known = [LanguageModel.wrap(*lm) if isinstance(lm, tuple) else lm for lm in sharers]
+        # Whoever wants more of a sharer than `Sharer` promises gets a ModelError from one that is elsewhere.
+        self.sharers = cast("list[LanguageModel]", known)
         self.fusers = [fuser.to(self.receiver.device).eval() for fuser in fusers]
         self.mode: FusionMode = mode
+        self.on_sharer_failure: SharerPolicy = on_sharer_failure
         self.template = self.fusers[0].config.receiver_template if self.fusers else template
         _check(self)
 
@@ -99,22 +110,30 @@ class C2C:
         dtype: str | torch.dtype = "auto",
         mode: FusionMode = "parallel",
         trust_remote_code: bool = False,
+        remote: RemoteOptions | None = None,
+        on_sharer_failure: SharerPolicy = "fail",
     ) -> C2C:
         """Load a pair.
 
         Args:
-            receiver, sharers: catalogue names, hub ids or folders; `id@revision` pins a hub id.
+            receiver, sharers: catalogue names, hub ids or folders; `id@revision` pins a hub id. A sharer may also be the
+                address of a `c2c share`, which must answer now.
             fusers: folders, hub ids, "demo", or loaded fusers; one per sharer.
             sharer_device: where the sharers run; the receiver's device by default.
-            dtype: of all models; "auto" is what the weights are stored in.
+            dtype: of all models that are loaded here; "auto" is what the weights are stored in.
+            remote: how sharers elsewhere are asked.
+            on_sharer_failure: see `C2C`.
         """
         loaded = [f if isinstance(f, Fuser) else Fuser.from_pretrained(f) for f in fusers]
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        # Asked first: a service that does not answer is noticed before anything large is loaded.
+        elsewhere = {s: _connect(s, remote) for s in map(str, sharers) if s.startswith(ADDRESSES)}
         return cls(
             load(receiver, device=device, **options),
-            [load(sharer, device=sharer_device or device, **options) for sharer in sharers],
+            [elsewhere.get(str(s)) or load(s, device=sharer_device or device, **options) for s in sharers],
             loaded,
             mode,
+            on_sharer_failure=on_sharer_failure,
         )
 
     # --- the request path ---------------------------------------------------------------------------------------
@@ -170,22 +189,34 @@ class C2C:
 
     @torch.no_grad()
     def read(self, prepared: Inputs, *, resume: Prefill | None = None, timings: Timings | None = None) -> Prefill:
-        """Prefill every model and fuse. With `resume`, whatever its caches hold already is not read again."""
+        """Prefill every model and fuse. With `resume`, whatever its caches hold already is not read again.
+
+        Raises:
+            SharerError: a remote sharer cannot be heard, and the policy is "fail".
+        """
         timings = timings or Timings()
         cache = resume.cache if resume else kv.new_cache()
         sharer_caches = resume.sharer_caches if resume else [kv.new_cache() for _ in self.sharers]
-        for lm, theirs, part in zip(self.sharers, sharer_caches, prepared.sharers, strict=True):
+        heard, degraded = list(sharer_caches), {}
+        for i, (lm, fuser, part) in enumerate(zip(self.sharers, self.fusers, prepared.sharers, strict=True)):
             if part is not None:
-                with clock(timings, "sharer_prefill", lm.device):
-                    read = kv.length(theirs)
-                    kv.prefill(lm.model, part.ids[:, read:].to(lm.device), part.mask.to(lm.device), theirs)
+                needed = _needed(fuser, part, kv.length(cache))
+                try:
+                    with clock(timings, "sharer_prefill", lm.device):
+                        heard[i] = lm.prefill(part.ids, part.mask, heard[i], needed, fuser.config.layer_map)
+                except SharerError as error:
+                    if self.on_sharer_failure == "fail":
+                        raise
+                    degraded[i] = str(error)
+        parts = (None if i in degraded else part for i, part in enumerate(prepared.sharers))
+        prepared = replace(prepared, sharers=tuple(parts))
         ids, mask = prepared.ids.to(self.receiver.device), prepared.mask.to(self.receiver.device)
         for stop in _stops(prepared, kv.length(cache)):
             with clock(timings, "receiver_prefill", self.receiver.device):
                 kv.prefill(self.receiver.model, ids[:, kv.length(cache) : stop], mask[:, :stop], cache)
             with clock(timings, "fuse", self.receiver.device):
-                self.fuse(cache, mask, stop, prepared, sharer_caches)
-        return Prefill(prepared, cache, sharer_caches, timings)
+                self.fuse(cache, mask, stop, prepared, heard)
+        return Prefill(prepared, cache, sharer_caches, timings, degraded)
 
     def fuse(
         self,
@@ -241,7 +272,7 @@ class C2C:
             read = [int(part.mask[row].sum()) for part in spoke]
             counts = TokenCounts(int(mask[row].sum()), tuple(read), len(new))
             text = str(tokenizer.decode(new, skip_special_tokens=True))
-            answers.append(Generation(text, new, counts, prefill.timings, raw))
+            answers.append(Generation(text, new, counts, prefill.timings, raw, prefill.degraded))
         return answers
 
     # --- other doors to the same path ---------------------------------------------------------------------------
@@ -314,15 +345,22 @@ class C2C:
         return [sorted(set(who)) for who in per_row]  # type: ignore[arg-type]
 
 
-def _language_model(model: Model) -> LanguageModel:
-    return model if isinstance(model, LanguageModel) else LanguageModel.wrap(*model)
+def _connect(address: str, options: RemoteOptions | None) -> Sharer:
+    try:
+        from cache2cache.serve.remote import RemoteSharer
+    except ImportError as error:
+        raise MissingExtraError(
+            "a sharer elsewhere needs more libraries", got=str(error), hint="pip install 'cache2cache[serve]'"
+        ) from error
+    return RemoteSharer.connect(address, options)
 
 
 def _check(pair: C2C) -> None:
     if len(pair.sharers) != len(pair.fusers):
         raise FuserMismatchError("one fuser per sharer is needed", got=f"{len(pair.fusers)} for {len(pair.sharers)}")
-    if pair.mode not in ("parallel", "sequential"):
-        raise FuserMismatchError("unknown fusion mode", got=pair.mode, allowed="parallel, sequential")
+    for name, allowed in (("mode", get_args(FusionMode)), ("on_sharer_failure", get_args(SharerPolicy))):
+        if getattr(pair, name) not in allowed:
+            raise FuserMismatchError(f"unknown {name}", got=getattr(pair, name), allowed=", ".join(allowed))
     for sharer, fuser in zip(pair.sharers, pair.fusers, strict=True):
         fuser.check_pair(pair.receiver.card, sharer.card)
     templates = {fuser.config.receiver_template for fuser in pair.fusers}
@@ -335,6 +373,14 @@ def _stops(prepared: Inputs, read: int) -> list[int]:
     last = prepared.ids.shape[1] - 1
     due = {int(c) for part in prepared.sharers if part is not None for c in part.due.unique()}
     return sorted({c for c in due if read < c < last} | ({last} if last > read else set()))
+
+
+def _needed(fuser: Fuser, part: SharerInputs, read: int) -> torch.Tensor:
+    """(B, M) bool, the sharer's positions that will be fused into the receiver's columns after those read already."""
+    needed = torch.zeros_like(part.mask, dtype=torch.bool)
+    rows, columns = (part.due > (read if fuser.speaks() else part.due.shape[1])).nonzero(as_tuple=True)
+    needed[rows, part.alignment[rows, columns]] = True
+    return needed
 
 
 def _speaker(
@@ -373,7 +419,7 @@ def generation_options(lm: LanguageModel, prompt: int, kwargs: dict[str, Any]) -
     return options, max(chosen("num_beams") or 1, chosen("num_return_sequences") or 1)
 
 
-def pad_id(lm: LanguageModel) -> int:
+def pad_id(lm: Sharer) -> int:
     """A token to pad with: the tokenizer's, or its end of sequence."""
     tokenizer = lm.tokenizer
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)  # type: ignore[return-value]

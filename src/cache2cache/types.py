@@ -9,10 +9,10 @@ are one tensor (2, L, B, H, N, D): index 0 holds the keys, index 1 the values.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
@@ -30,6 +30,10 @@ class Message(TypedDict):
 
 
 Conversation = Sequence[Message]
+
+SharerPolicy = Literal["fail", "receiver-alone"]
+"""When a sharer that runs as a service fails: the request fails with it, or the receiver answers without that sharer and
+says so."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,11 @@ class Geometry(BaseModel):
     def features(self) -> int:
         """Size of one position's keys (or values) in one layer, H * D."""
         return self.kv_heads * self.head_dim
+
+    def only(self, layers: Sequence[int]) -> Geometry:
+        """The model as if it had these layers alone, in this order."""
+        ropes = tuple(self.rope_of_layer[layer] for layer in layers) if self.rope_of_layer else ()
+        return self.model_copy(update={"layers": len(layers), "rope_of_layer": ropes})
 
 
 class ModelCard(BaseModel):
@@ -158,3 +167,5 @@ class Generation:
     """Shared by all answers of a batch: the batch is computed together."""
     raw: Any = field(default=None, repr=False)
     """What `transformers.generate` returned for the batch."""
+    degraded: Mapping[int, str] = field(default_factory=dict)
+    """Sharers that should have spoken and could not, and why; always empty under the policy "fail"."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cache2cache.errors import ModelError
-from cache2cache.testing import FAMILIES, random_fuser, tiny_model
+from cache2cache.testing import FAMILIES, TINY_SIZES, random_fuser, tiny_model
 from cache2cache.verify import check_rotation, verify
 
 
@@ -51,6 +51,14 @@ def test_a_fuser_that_fits(kind, receiver, sharer):
     assert all(check.passed for check in checks)
     assert [check.name for check in checks][:: len(checks) - 1] == ["fits the pair", "fuses a prompt"]
     assert "moves the cache by" in checks[-1].detail
+
+
+def test_keys_that_are_taken_as_they_are_need_not_be_rotated_back(sharer):
+    gpt2 = tiny_model("gpt2")
+    fuser = random_fuser(gpt2, sharer, sizes={**TINY_SIZES["compact"], "still_keys": False})
+    assert [(check.name, check.passed) for check in verify(fuser, gpt2, sharer)] == [
+        ("fits the pair", True), ("fuses a prompt", True),
+    ]  # fmt: skip
 
 
 def test_swapped_models(receiver, sharer, fuser):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cache2cache import __version__
-from cache2cache.cli import chat, demo, doctor, evaluate, fuser, generate, pull, train
+from cache2cache.cli import chat, demo, doctor, evaluate, features, fuser, generate, pull, serve, share, train
 from cache2cache.cli.console import EXIT_CODES, Program
 
 app = typer.Typer(cls=Program, no_args_is_help=True, epilog=EXIT_CODES, rich_markup_mode="rich")
@@ -41,7 +41,10 @@ app.command()(chat.chat)
 app.command()(pull.pull)
 app.add_typer(fuser.app, name="fuser")
 app.command()(train.train)
+app.command()(features.features)
 app.add_typer(evaluate.app, name="eval")
+app.command()(serve.serve)
+app.command()(share.share)
 app.command()(doctor.doctor)
 
 

@@ -42,6 +42,13 @@ def print_summary(pair: C2C, answer: Generation) -> None:
     typer.secho(summary(pair, answer), err=True, dim=True)
 
 
+def warn_if_degraded(pair: C2C, answer: Generation) -> None:
+    """One line on stderr for each sharer that should have spoken and could not."""
+    for sharer, reason in answer.degraded.items():
+        typer.secho("warning: ", err=True, nl=False, fg=typer.colors.YELLOW, bold=True)
+        typer.echo(f"answered without {pair.sharers[sharer].card.id}: {' '.join(reason.split())}", err=True)
+
+
 def names(pair: C2C) -> str:
     """receiver ← sharer, sharer."""
     sharers = ", ".join(sharer.card.id for sharer in pair.sharers)
@@ -55,6 +62,7 @@ def as_json(pair: C2C, answer: Generation) -> dict[str, Any]:
         "ids": answer.ids,
         "receiver": pair.receiver.card.id,
         "sharers": [sharer.card.id for sharer in pair.sharers],
+        "degraded": {pair.sharers[sharer].card.id: reason for sharer, reason in answer.degraded.items()},
         "counts": asdict(answer.counts),
         "timings": asdict(answer.timings) | {"total": answer.timings.total},
     }

@@ -36,6 +36,11 @@ def chat(
     sharer_device: options.SharerDevice = None,
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    sharer_token_file: options.SharerTokenFile = None,
+    sharer_key_file: options.SharerKeyFile = None,
+    sharer_precision: options.SharerPrecision = None,
+    sharer_timeout: options.SharerTimeout = None,
+    on_sharer_failure: options.OnSharerFailure = "fail",
 ) -> None:
     """Chat with a pair; earlier turns are not read again.
 
@@ -51,6 +56,9 @@ def chat(
         sharer_device=sharer_device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        elsewhere=options.Elsewhere(
+            sharer_token_file, sharer_key_file, sharer_precision, sharer_timeout, on_sharer_failure
+        ),
     )
     kwargs = options.generate_kwargs(max_new_tokens, temperature, top_p, seed)
     typer.secho(f"{show.names(pair)}. {HELP}", err=True, dim=True)
@@ -79,6 +87,7 @@ def converse(pair: C2C, talk: Chat, kwargs: dict[str, Any], *, timings: bool) ->
         except C2CError as error:  # a turn too long for the context, for instance: the conversation goes on
             print_error(error)
         else:
+            show.warn_if_degraded(pair, result)
             if timings:
                 show.print_summary(pair, result)
 

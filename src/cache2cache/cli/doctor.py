@@ -13,10 +13,11 @@ import typer
 
 from cache2cache import __version__
 from cache2cache.cli.console import ExitCode
+from cache2cache.models.disk import human
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf", "numpy")
 OFFERS = {
-    "train": "training data in .zst files",
+    "train": "c2c train: data sets, TensorBoard",
     "eval": "c2c eval: tasks, statistics, figures",
     "lm-eval": "the model c2c for lm-evaluation-harness",
     "serve": "what a server will need; there is none yet",
@@ -190,12 +191,3 @@ def _device_rows(devices: dict[str, Any]) -> list[tuple[str, str]]:
     if len(rows) == 1:
         rows.append(("gpu", "none"))
     return rows
-
-
-def human(size: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit in ("B", "kB", "MB") else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

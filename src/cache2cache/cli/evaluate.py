@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from cache2cache.cli import extras
 from cache2cache.cli import pair as options
-from cache2cache.errors import MissingExtraError
 
 app = typer.Typer(help="Compare C2C with every other way of answering, and with controls.")
 
@@ -22,16 +21,7 @@ _FORM = "Prompt form: chat, chat-paper, completion, quiz."
 
 
 def _need_extra() -> None:
-    """Say at once, and not after an hour, that a library of the extra `eval` is missing."""
-    missing = [
-        name
-        for name in ("scipy", "matplotlib", "sklearn", "torchmetrics", "math_verify")
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise MissingExtraError(
-            "c2c eval needs more libraries", got=f"no {', '.join(missing)}", hint="pip install 'cache2cache[eval]'"
-        )
+    extras.need("c2c eval", "eval", ("scipy", "matplotlib", "sklearn", "torchmetrics", "math_verify"))
 
 
 @app.callback(invoke_without_command=True)

@@ -128,11 +128,19 @@ def _show(facts: dict[str, Any]) -> None:
             console.print(f"  {line}", soft_wrap=True)
 
 
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     receiver, sharer = facts["receiver"], facts["sharer"]
     yield "fuser", facts["folder"]
     yield "pair", f"{receiver['id']} ← {sharer['id']}"
-    yield "kind", f"{facts['kind']}  ({', '.join(f'{name} {size}' for name, size in facts['sizes'].items())})"
+    parts = {name: value for name, value in facts["sizes"].items() if isinstance(value, bool | str)}
+    numbers = {name: value for name, value in facts["sizes"].items() if name not in parts}
+    yield "kind", f"{facts['kind']}  ({_listed(numbers)})"
+    if parts:
+        yield "parts", _listed(parts)
     yield "size", f"{facts['parameters']:,} parameters, {facts['dtype']}, {facts['bytes'] / 1e6:,.1f} MB"
     for side, card in (("receiver", receiver), ("sharer", sharer)):
         yield side, model_line(card)

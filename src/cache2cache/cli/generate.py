@@ -37,6 +37,11 @@ def generate(
     sharer_device: options.SharerDevice = None,
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
+    sharer_token_file: options.SharerTokenFile = None,
+    sharer_key_file: options.SharerKeyFile = None,
+    sharer_precision: options.SharerPrecision = None,
+    sharer_timeout: options.SharerTimeout = None,
+    on_sharer_failure: options.OnSharerFailure = "fail",
 ) -> None:
     """Answer a prompt from a fused cache.
 
@@ -59,6 +64,9 @@ def generate(
         sharer_device=sharer_device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        elsewhere=options.Elsewhere(
+            sharer_token_file, sharer_key_file, sharer_precision, sharer_timeout, on_sharer_failure
+        ),
     )
     kwargs = options.generate_kwargs(max_new_tokens, temperature, top_p, seed, num_beams)
     if stream:
@@ -66,6 +74,7 @@ def generate(
     else:
         (result,) = pair.decode(pair.prefill(messages), **kwargs)
         typer.echo(jsonlib.dumps(show.as_json(pair, result), ensure_ascii=False) if json else result.text)
+    show.warn_if_degraded(pair, result)
     if timings and not json:
         show.print_summary(pair, result)
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cache2cache.cli.extras import need
 from cache2cache.errors import ModelError
+from cache2cache.types import SharerPolicy
 
 if TYPE_CHECKING:
     from cache2cache.pipeline import C2C
+    from cache2cache.serve.remote import RemoteOptions
+
+SHARER_TOKEN, SHARER_KEY = "C2C_SHARER_TOKEN", "C2C_SHARER_KEY"
+"""Environment variables, instead of the files."""
 
 DEMO_RECEIVER = "smollm2-135m"
 DEMO_SHARER = "qwen2.5-coder-1.5b"
@@ -26,7 +35,7 @@ Sharers = Annotated[
     typer.Option(
         "--sharer",
         "-s",
-        help="A model it listens to; repeat for several.",
+        help="A model it listens to, or http://… of a c2c share; repeat for several.",
         show_default=DEMO_SHARER,
         rich_help_panel="Pair",
     ),
@@ -44,6 +53,39 @@ Fusers = Annotated[
 NoSharer = Annotated[bool, typer.Option("--no-sharer", help="The receiver alone.", rich_help_panel="Pair")]
 Mode = Annotated[
     Literal["parallel", "sequential"], typer.Option(help="How several sharers are combined.", rich_help_panel="Pair")
+]
+SharerTokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Bearer token of sharers elsewhere.",
+        show_default=f"${SHARER_TOKEN}, or none",
+        rich_help_panel="Sharers elsewhere",
+    ),
+]
+SharerKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Key that sharers elsewhere must sign with.",
+        show_default=f"${SHARER_KEY}, or unsigned",
+        rich_help_panel="Sharers elsewhere",
+    ),
+]
+SharerPrecision = Annotated[
+    Literal["float32", "bfloat16", "int8", "int4"] | None,
+    typer.Option(
+        help="That caches travel in.", show_default="as the sharer computes them", rich_help_panel="Sharers elsewhere"
+    ),
+]
+SharerTimeout = Annotated[
+    float | None,
+    typer.Option(min=0.1, help="Seconds to wait for a sharer.", show_default="30", rich_help_panel="Sharers elsewhere"),
+]
+OnSharerFailure = Annotated[
+    Literal["fail", "receiver-alone"],
+    typer.Option(
+        help="When a sharer elsewhere fails: fail as well, or answer without it and say so.",
+        rich_help_panel="Sharers elsewhere",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, …", rich_help_panel="Machine")]
 SharerDevice = Annotated[
@@ -74,6 +116,39 @@ Seed = Annotated[int | None, typer.Option(help="Of the sampling.", rich_help_pan
 ShowTimings = Annotated[bool, typer.Option(help="Show tokens and seconds of each stage on stderr.")]
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """What the options say about sharers elsewhere."""
+
+    token_file: Path | None = None
+    key_file: Path | None = None
+    precision: Literal["float32", "bfloat16", "int8", "int4"] | None = None
+    timeout: float | None = None
+    on_failure: SharerPolicy = "fail"
+
+    def remote(self, sharers: Sequence[str]) -> RemoteOptions | None:
+        """How they are asked; None if all sharers are here.
+
+        Raises:
+            typer.BadParameter: options for sharers elsewhere, and there is none.
+            RequestError: a secret that cannot be used.
+        """
+        if not any(name.startswith(("http://", "https://")) for name in sharers):
+            if self != Elsewhere():
+                raise typer.BadParameter(
+                    "--sharer-token-file, --sharer-key-file, --sharer-precision, --sharer-timeout and "
+                    "--on-sharer-failure need a --sharer http://…"
+                )
+            return None
+        need("a sharer elsewhere", "serve", ["httpx2", "starlette"])
+        from cache2cache.serve.keys import secret
+        from cache2cache.serve.remote import RemoteOptions
+
+        token, key = secret(SHARER_TOKEN, self.token_file), secret(SHARER_KEY, self.key_file)
+        options = RemoteOptions(token, None if key is None else key.encode(), self.precision)
+        return options if self.timeout is None else replace(options, timeout=self.timeout)
+
+
 def load_pair(
     receiver: str,
     sharers: list[str] | None,
@@ -85,6 +160,7 @@ def load_pair(
     sharer_device: str | None = None,
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    elsewhere: Elsewhere = Elsewhere(),
 ) -> C2C:
     """Load what the options name, after everything that can be checked without loading.
 
@@ -92,6 +168,7 @@ def load_pair(
         typer.BadParameter: options that contradict each other.
     """
     sharers, fusers = complete(receiver, sharers, fusers, no_sharer)
+    remote = elsewhere.remote(sharers)
     with Busy(f"loading {receiver}{' ← ' if sharers else ''}{', '.join(sharers)}"):
         quiet_transformers()
         for name in {device, sharer_device or device}:
@@ -107,6 +184,8 @@ def load_pair(
             dtype=dtype,
             mode=mode,
             trust_remote_code=trust_remote_code,
+            remote=remote,
+            on_sharer_failure=elsewhere.on_failure,
         )
 
 

@@ -11,9 +11,8 @@ from cache2cache import inputs
 from cache2cache.inputs import Row
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel
+from cache2cache.models.prefills import Ids, PrefillStore, left_padded, prefill_rows, row_key
 from cache2cache.pipeline import C2C, Prefill, pad_id
-from cache2cache.train.data import left_padded
-from cache2cache.train.features import Ids, PrefillStore, prefill_rows, row_key
 from cache2cache.types import Timings, clock
 
 Heard = Callable[[int, Sequence[Row], Timings], list[torch.Tensor]]
@@ -44,7 +43,7 @@ class Prefills:
         missing = {}
         for key, ids in zip(keys, prompts, strict=True):
             if key not in self._held and key not in missing:
-                if store is not None and ids in store:
+                if store is not None and store.holds(ids):
                     self._held[key] = store.load(ids)
                 else:
                     missing[key] = ids
@@ -90,7 +89,9 @@ class Prefills:
         if self.folder is None:
             return None
         if id(lm) not in self._stores:
-            self._stores[id(lm)] = PrefillStore(self.folder, lm.card, lm.dtype)
+            store = PrefillStore(self.folder, lm.card, lm.dtype)
+            store.check(lm)
+            self._stores[id(lm)] = store
         return self._stores[id(lm)]
 
 

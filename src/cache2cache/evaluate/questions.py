@@ -1,11 +1,10 @@
-"""Multiple-choice questions: reading them, asking them, and finding training rows that give a test away."""
+"""Multiple-choice questions: reading them and asking them."""
 
 from __future__ import annotations
 
 import io
 import random
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from cache2cache.errors import DataError, MissingExtraError
 from cache2cache.types import Message
 
 LETTERS = "ABCDEFGHIJ"
-_RUN = 13
 
 
 class Question(BaseModel):
@@ -98,27 +96,3 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, line
         except damaged as error:
             raise DataError("a data file is damaged or not UTF-8", got=f"{path}: {error}") from error
-
-
-class Contamination:
-    """Finds texts that are an evaluation question or share a run of 13 words with one."""
-
-    def __init__(self, evaluation: Iterable[Question]):
-        self._questions: set[str] = set()
-        self._runs: set[tuple[str, ...]] = set()
-        for row in evaluation:
-            words = _words(row.question)
-            self._questions.add(" ".join(words))
-            self._runs.update(_runs(words))
-
-    def __contains__(self, text: str) -> bool:
-        words = _words(text)
-        return " ".join(words) in self._questions or not self._runs.isdisjoint(_runs(words))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def _runs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    return (tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1))

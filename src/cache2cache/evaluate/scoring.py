@@ -102,11 +102,15 @@ def target_nats(lm: LanguageModel, prefill: Prefill, targets: Sequence[Sequence[
 
 
 def target_ids(lm: LanguageModel, prompt: torch.Tensor, target: str) -> list[int]:
-    """Tokens of a target, with the space that a prompt which ends in a word, such as "Answer:", asks for."""
+    """Tokens of a target, with its `lead`."""
+    return list(lm.tokenizer(lead(lm, prompt) + target, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def lead(lm: LanguageModel, prompt: torch.Tensor) -> str:
+    """The space that a prompt which ends in a word, such as "Answer:", asks for before its answer; otherwise nothing."""
     last = str(lm.tokenizer.decode(prompt[-1:]))
     special = int(prompt[-1]) in lm.tokenizer.all_special_ids
-    lead = "" if special or last[-1:].isspace() else " "
-    return list(lm.tokenizer(lead + target, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    return "" if special or last[-1:].isspace() else " "
 
 
 def letter_logprobs(lm: LanguageModel, logits: torch.Tensor, letters: str) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from cache2cache.crossing import crossing_bytes
 from cache2cache.evaluate import scoring
 from cache2cache.evaluate.forms import Form, kind_of
 from cache2cache.evaluate.heard import Listen
@@ -95,23 +96,12 @@ class Fused:
         rows, heard = self._listen(items, rows)
         prefill = self._prefills.fused(self._pair, rows, heard, timings)
         found = scoring.answers(self._pair, prefill, items, self._pair.receiver.tokenizer)
-        crossed = [_crossing_bytes(self._pair, row) for row in rows]
+        crossed = [crossing_bytes(self._pair, row) for row in rows]
         seconds = time.perf_counter() - start
         return [
             replace(answer, cost=replace(answer.cost, cache_bytes=size), seconds=seconds)
             for answer, size in zip(found, crossed, strict=True)
         ]
-
-
-def _crossing_bytes(pair: C2C, row) -> int:
-    """Sharer cache that a fusion reads: each aligned position of each mapped layer once, keys and values."""
-    total = 0
-    for lm, fuser, part in zip(pair.sharers, pair.fusers, row.sharers, strict=True):
-        if part is not None:
-            positions = len(set(part.alignment[part.due > 0].tolist()))
-            per_layer = 2 * lm.card.geometry.features * lm.dtype.itemsize
-            total += positions * len(set(fuser.config.layer_map)) * per_layer
-    return total
 
 
 class TextToText:

@@ -9,9 +9,8 @@ import torch
 from cache2cache.evaluate.scoring import ends_turn
 from cache2cache.inputs import Inputs, collate
 from cache2cache.models import kv
+from cache2cache.models.prefills import by_length, left_padded, prefill_rows
 from cache2cache.pipeline import C2C, Prefill, pad_id
-from cache2cache.train.data import left_padded
-from cache2cache.train.features import by_length, prefill_rows
 from cache2cache.types import Conversation
 
 _STRIDE = 32

@@ -14,6 +14,7 @@ from torch import nn
 from cache2cache import __version__
 from cache2cache.errors import FuserFormatError, FuserMismatchError
 from cache2cache.fuser.gate import Gate, GateConfig
+from cache2cache.fuser.layers import pick
 from cache2cache.fuser.strict import in_words
 from cache2cache.types import Geometry, ModelCard
 
@@ -58,6 +59,8 @@ class FuserConfig(BaseModel):
             raise ValueError(f"layer_map has {len(self.layer_map)} entries for {layers} receiver layers")
         if not all(0 <= layer <= deepest for layer in self.layer_map):
             raise ValueError(f"layer_map {list(self.layer_map)} leaves the sharer's layers 0–{deepest}")
+        if not all(0 <= layer < layers for layer in self.gate.layers or ()):
+            raise ValueError(f"gate.layers {list(self.gate.layers or ())} leaves the receiver's layers 0–{layers - 1}")
         return self
 
 
@@ -87,8 +90,7 @@ class Fuser(nn.Module):
     @staticmethod
     def from_config(config: FuserConfig) -> Fuser:
         """A fresh fuser of the config's kind."""
-        module, name = KINDS[config.kind].split(":")
-        return getattr(import_module(module), name)(config)
+        return kind_class(config.kind)(config)
 
     @staticmethod
     def from_pretrained(
@@ -154,15 +156,21 @@ class Fuser(nn.Module):
         return self.training or bool((self.gate.logit > 0).any())
 
     def delta(
-        self, own: torch.Tensor, other: torch.Tensor, own_positions: torch.Tensor, other_positions: torch.Tensor
+        self,
+        own: torch.Tensor,
+        other: torch.Tensor,
+        own_positions: torch.Tensor,
+        other_positions: torch.Tensor,
+        heard: torch.Tensor | None = None,
     ) -> Delta:
-        """gate · weight · projection.
+        """gate · weight · projection, for all entries whose gate may be open.
 
         Args:
             own: (2, L_r, B, H_r, P, D_r) the receiver's clean cache at the fused positions.
             other: (2, L_r, B, H_s, P, D_s) the sharer's, at the aligned positions, one layer per receiver layer.
             own_positions: (B, P) position ids that the receiver's keys were rotated by.
             other_positions: (B, P) those of the sharer's.
+            heard: (B, P) bool, the delta is zero elsewhere; everywhere true by default.
         """
         if self.training and self.config.gate.learned:
             entries, subset = torch.arange(own.shape[0] * own.shape[1], device=own.device), None
@@ -171,16 +179,16 @@ class Fuser(nn.Module):
             subset = None if len(entries) == own.shape[0] * own.shape[1] else entries
         if len(entries) == 0:
             return Delta(entries, own.new_zeros((0, *own.shape[2:])))
-        dtype = self.dtype
-        own, other = (x.flatten(0, 1) if subset is None else x.flatten(0, 1)[subset] for x in (own, other))
-        weight, projection = self.project(
-            own.to(dtype), other.to(dtype), own_positions, other_positions, entries, subset
-        )
-        value = weight.float() * projection.float()
+        own, other = (pick(x, subset) for x in (own, other))
+        weight, projection = self.project(own, other, own_positions, other_positions, entries, subset)
+        # Everything that is one number per head comes before the product: the projections are the large tensors.
+        weight = weight.float()
         if self.training and self.config.gate.learned:
-            noise = torch.rand((*value.shape[:-1], 1), device=value.device, dtype=dtype)
-            value = value * self.gate.sample(noise)
-        return Delta(entries, value)
+            noise = torch.rand((*projection.shape[:-1], 1), device=projection.device, dtype=self.dtype)
+            weight = weight * self.gate.sample(noise)
+        if heard is not None:
+            weight = weight * heard[None, :, None, :, None]
+        return Delta(entries, weight * projection.float())
 
     def project(
         self,
@@ -191,11 +199,11 @@ class Fuser(nn.Module):
         entries: torch.Tensor,
         subset: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight (E, B, H_r, P, 1) in (0, 1) and projection (E, B, H_r, P, D_r), for the entries given.
+        """Weight (E, B, H_r, P, 1) and projection (E, B, H_r, P, D_r), for the entries given.
 
         Args:
-            own: (E, B, H_r, P, D_r)
-            other: (E, B, H_s, P, D_s)
+            own: (E, B, H_r, P, D_r), in the receiver's dtype.
+            other: (E, B, H_s, P, D_s), in the sharer's.
             entries: (E,) which entries these are.
             subset: the same, or None when they are all.
         """
@@ -207,6 +215,12 @@ class Fuser(nn.Module):
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def kind_class(kind: str) -> type[Fuser]:
+    """The class of a kind, one of `KINDS`."""
+    module, name = KINDS[kind].split(":")
+    return getattr(import_module(module), name)
 
 
 def _differences(side: str, expected: ModelCard, got: ModelCard) -> list[str]:

@@ -54,7 +54,8 @@ class PaperFuser(Fuser):
 
     def project(self, own, other, own_positions, other_positions, entries, subset):
         batch, kv_heads = own.shape[1], own.shape[2]
-        h = self.trunk(self.enter(torch.cat([tokens(other), tokens(own)], dim=-1), subset), subset)
+        x = torch.cat([tokens(other), tokens(own)], dim=-1).to(self.dtype)
+        h = self.trunk(self.enter(x, subset), subset)
         weight = heads(self.weigh(self.weigh_block(h, subset), subset).sigmoid(), batch, kv_heads)  # (E, B, H, P, 1)
         for block in self.blocks:
             h = block(h, subset)

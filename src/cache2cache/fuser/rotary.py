@@ -46,4 +46,5 @@ class Rotary:
         scale = 1 / rope.scaling if back else rope.scaling
         cos, sin = angle.cos() * scale, angle.sin() * (-scale if back else scale)
         a, b, rest = keys[..., :half].float(), keys[..., half : 2 * half].float(), keys[..., 2 * half :]
-        return torch.cat([(a * cos - b * sin).to(keys.dtype), (b * cos + a * sin).to(keys.dtype), rest], dim=-1)
+        turned = (a * cos).sub_(b * sin), (b * cos).add_(a * sin)
+        return torch.cat([*(x.to(keys.dtype) for x in turned), rest], dim=-1)

@@ -39,8 +39,9 @@ def fused_kv(
     clean, fused = own, own.flatten(0, 1)
     for speaker in speakers:
         source = clean if mode == "parallel" else fused.to(own.dtype).view_as(own)
-        entries, value = speaker.fuser.delta(source, speaker.kv, own_positions, speaker.positions)
-        if len(entries):
-            value = value * speaker.mask[None, :, None, :, None]
+        entries, value = speaker.fuser.delta(source, speaker.kv, own_positions, speaker.positions, speaker.mask)
+        if len(entries) == len(fused):
+            fused = fused + value
+        elif len(entries):
             fused = fused.to(value.dtype).index_add(0, entries, value)
     return fused.to(own.dtype).view_as(own)

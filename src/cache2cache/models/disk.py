@@ -1,4 +1,4 @@
-"""The disk while a model is pulled: how much space it takes, and what it means when something cannot be written."""
+"""The disk: how much space things take, and what it means when a model that is pulled cannot be written."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def says_full(text: str) -> bool:
 def size(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def human(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit in ("B", "kB", "MB") else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def _needed(weights: Weights, partial: Path) -> int:

@@ -49,8 +49,14 @@ def prefill(
         The cache, with past + n positions.
     """
     cache = new_cache() if cache is None else cache
+    extend(model, ids, mask, cache)
+    return cache
+
+
+def extend(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> None:
+    """As `prefill`, with gradients towards what the cache holds wherever they are enabled."""
     if ids.shape[1] == 0:
-        return cache
+        return
     # The decoder without its output head: on a small model with a large vocabulary the head is much of the work.
     model.get_decoder()(
         input_ids=ids,
@@ -59,7 +65,6 @@ def prefill(
         past_key_values=cache,
         use_cache=True,
     )
-    return cache
 
 
 def gather(cache: DynamicCache, positions: torch.Tensor, layers: Sequence[int] | None = None) -> torch.Tensor:
@@ -99,17 +104,61 @@ def scatter(cache: DynamicCache, positions: torch.Tensor, mask: torch.Tensor, kv
             setattr(layer, name, old.transpose(1, 2).index_put((rows, at), new).transpose(1, 2))
 
 
+def columns(cache: DynamicCache, start: int) -> torch.Tensor:
+    """Keys and values of all positions from `start` on, (2, L, B, H, length − start, D)."""
+    return torch.stack([torch.stack([x[..., start:, :] for x in side]) for side in zip(*_held(cache), strict=True)])
+
+
+def replace_columns(cache: DynamicCache, start: int, kv: torch.Tensor) -> None:
+    """Write keys and values in place of all positions from `start` on, out of place, so that gradients flow.
+
+    Args:
+        kv: (2, L, B, H, P, D); the cache has start + P positions afterwards.
+    """
+    # One unbind each, whose backward pass is one stack; that of an index is a tensor of zeros as large as all layers.
+    for i, (old, new) in enumerate(
+        zip(_held(cache), zip(*(side.unbind() for side in kv.unbind()), strict=True), strict=True)
+    ):
+        cache.layers[i] = _layer(*(torch.cat([x[..., :start, :], y], dim=-2) for x, y in zip(old, new, strict=True)))
+
+
 def clone(cache: DynamicCache) -> DynamicCache:
     """A cache that can be extended without changing the original. Tensors are shared: nothing writes into them."""
     return from_tensors(_held(cache))
 
 
 def from_tensors(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
-    """A cache that holds the given (B, H, N, D) keys and values, one pair per layer."""
+    """A cache that holds the given (B, H, N, D) keys and values, one pair per layer. They are not copied."""
     cache = new_cache()
-    for i, (keys, values) in enumerate(layers):
-        cache.update(keys, values, i)
+    cache.layers.extend(_layer(keys, values) for keys, values in layers)
     return cache
+
+
+def lone_layer(cache: DynamicCache, layer: int) -> DynamicCache:
+    """A cache that holds what another one holds of one layer and nothing of the others. Tensors are shared."""
+    alone = new_cache()
+    alone.layers.extend(DynamicLayer() for _ in range(layer + 1))
+    if len(cache.layers) > layer and cache.layers[layer].keys is not None:  # type: ignore[union-attr]
+        alone.layers[layer] = _layer(*layer_tensors(cache, layer))
+    return alone
+
+
+def adopt_layer(cache: DynamicCache, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Let a layer hold these (B, H, N, D) keys and values; the layers before it hold theirs already."""
+    cache.layers[layer:] = [_layer(keys, values), *cache.layers[layer + 1 :]]
+
+
+def layer_tensors(cache: DynamicCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (B, H, N, D) of one layer."""
+    held = cache.layers[layer]
+    return held.keys, held.values  # type: ignore[return-value]
+
+
+def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.dtype, layer.device = keys.dtype, keys.device
+    layer.keys, layer.values, layer.is_initialized = keys, values, True
+    return layer
 
 
 def stack(cache: DynamicCache) -> torch.Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache2cache.errors import ModelError
 from cache2cache.models import kv
@@ -19,6 +20,38 @@ from cache2cache.models.pull import Source, resolve
 from cache2cache.types import ModelCard
 
 _PROBE_TEXT = "Caches speak: 2+2=4, naïve café — 缓存到缓存 🚀\n\tdef f(x):  return x"
+
+
+class Sharer(Protocol):
+    """What a pair asks of a model that it listens to, whose weights need not be here: see `serve/remote.py`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    card: ModelCard
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def prefill(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache,
+        needed: torch.Tensor,
+        layers: Sequence[int],
+    ) -> DynamicCache:
+        """Read a batch; what is needed of it can be gathered from the cache that is returned.
+
+        Args:
+            ids: (B, M), padded on the left.
+            mask: (B, M), 1 for real tokens.
+            cache: what was read of these rows before; extended in place by whoever keeps caches here.
+            needed: (B, M) bool, positions that will be fused.
+            layers: layers that will be fused.
+        """
+        ...
 
 
 @dataclass
@@ -66,6 +99,17 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    def prefill(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache,
+        needed: torch.Tensor,
+        layers: Sequence[int],
+    ) -> DynamicCache:
+        """Read what the cache does not hold yet, whole, whatever is needed of it. See `Sharer`."""
+        return kv.prefill(self.model, ids[:, kv.length(cache) :].to(self.device), mask.to(self.device), cache)
+
     def _probe(self) -> None:
         """Read one token and look at the cache, since configs do not tell what a model really keeps."""
         size = self.card.geometry
@@ -93,6 +137,16 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer(_PROBE_TEXT, add_special_tokens=False)["input_ids"],
     ]
     return hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """What a model computes with, in 16 hex digits: samples of every weight, of which any training changes some."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        digest.update(name.encode())
+        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load(

@@ -1,15 +1,16 @@
-"""A training recipe: one TOML file that says everything about a run."""
+"""A training recipe: everything that decides what a run ends with. Where it runs is `Machine`'s."""
 
 from __future__ import annotations
 
-import tomllib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cache2cache.errors import RecipeError
 from cache2cache.fuser.gate import GateConfig
+
+Alignment = Literal["native", "retokenise-first", "retokenise-longest", "same-ids"]
 
 
 class _Part(BaseModel):
@@ -20,8 +21,9 @@ class FuserPart(_Part):
     """What to train."""
 
     kind: Literal["compact", "paper"] = "compact"
-    layer_map: Literal["last-aligned", "depth-normalised"] = "last-aligned"
-    alignment: Literal["native", "same-ids"] = "native"
+    layer_map: Literal["last-aligned", "depth-normalised"] | tuple[int, ...] = "last-aligned"
+    """A rule, or the sharer layer of each receiver layer."""
+    alignment: Alignment = "native"
     receiver_template: str | None = None
     sharer_template: str | None = None
     """A template's name, Jinja text, or None for the model's own."""
@@ -31,11 +33,38 @@ class FuserPart(_Part):
 
 
 class Source(_Part):
-    """One file of rows: multiple choice (question, choices, answer) or chats (messages)."""
+    """One set of rows: multiple choice (question, choices, answer), or chats (messages)."""
 
-    path: str
+    path: str | None = None
+    """A .jsonl, .jsonl.zst or .parquet file, relative to the data folder."""
+    hub: str | None = None
+    """A data set on the hub, `org/name`, whose rows have one of the two forms."""
+    subset: str | None = None
+    """The hub's name for a part of a data set, its config."""
+    split: str = "train"
+    """Of a hub data set."""
+    revision: str | None = None
+    """Of a hub data set: branch, tag or commit."""
+    task: str | None = None
+    """An evaluation task: its training rows, as the evaluation asks them."""
     limit: int | None = Field(default=None, gt=0)
-    """Take a random sample of this many."""
+    """Take a random sample of this many; of a stream, the first ones."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of the mixture, relative to the others'. With weights, rows of the sources are drawn in these proportions until
+    one source is used up; all sources have one, or none."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if sum(x is not None for x in (self.path, self.hub, self.task)) != 1:
+            raise ValueError("a source has exactly one of path, hub, task")
+        if self.hub is None and (self.subset is not None or self.revision is not None):
+            raise ValueError("only hub data sets have a subset or a revision")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.path or self.task or "/".join(x for x in (self.hub, self.subset, self.split) if x)
 
 
 class DataPart(_Part):
@@ -44,25 +73,89 @@ class DataPart(_Part):
     train: tuple[Source, ...] = Field(min_length=1)
     validation: tuple[Source, ...] = Field(min_length=1)
     held_out: tuple[str, ...] = ()
-    """Files of evaluation rows; training rows with the same question, or a run of 13 words of one, are dropped."""
+    """Evaluation rows: files in the data folder, or names of tasks. Training rows with the same question, or a run of 13 words
+    of one, are dropped and named."""
+    turns: Literal["last", "every"] = "last"
+    """Of a chat: train on its last answer, or on every assistant turn, each as an example of its own."""
+    max_tokens: int | None = Field(default=None, gt=1)
+    """Longest prompt and response together, on either side. Longer prompts lose words from the beginning of their longest
+    message; a row whose response alone is too long is dropped and named."""
+    stream: bool = False
+    """Read rows as they come instead of holding them; needs `optim.max_steps` and computes every prefill when it is needed."""
+    shuffle_buffer: int = Field(default=1000, gt=0)
+    """Rows of a stream among which the next is drawn."""
+
+
+class ObjectivePart(_Part):
+    """What is minimised, in nats per response token."""
+
+    response: float = Field(default=1.0, ge=0)
+    """Weight of the response's cross-entropy."""
+    distill: float = Field(default=0.0, ge=0)
+    """Weight of the divergence KL(sharer ‖ receiver) between their next-token distributions over shared tokens."""
+    distill_top: int = Field(default=64, gt=1)
+    """How many of the sharer's likeliest tokens are kept."""
+    contrastive: float = Field(default=0.0, ge=0)
+    """Weight of a hinge that wants the response less likely with another row's cache: max(0, margin − (mismatched − matched))."""
+    margin: float = Field(default=1.0, gt=0)
+    """Of the hinge, nats per token."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.response == self.distill == 0:
+            raise ValueError("response and distill are both 0: nothing to learn from")
+        return self
 
 
 class OptimPart(_Part):
     """How to train."""
 
     learning_rate: float = Field(default=1e-3, gt=0)
+    gate_learning_rate: float | None = Field(default=None, gt=0)
+    """Of the gates' logits; `learning_rate` by default."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Off on gates, norms and biases."""
     epochs: float = Field(default=2, gt=0)
+    max_steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps; instead of `epochs`."""
     batch_size: int = Field(default=16, gt=0)
+    """Rows of one forward pass on one process."""
+    accumulate: int = Field(default=1, gt=0)
+    """Forward passes of one optimizer step."""
+    bucket: bool = False
+    """Batch rows of about the same length."""
     warmup_steps: int = Field(default=20, ge=0)
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     max_grad_norm: float = Field(default=1.0, gt=0)
-    eval_steps: int = Field(default=50, gt=0)
-    patience: int = Field(default=4, gt=0)
-    """Stop after this many evaluations without a better validation loss."""
     sharer_dropout: float = Field(default=0.0, ge=0, le=1)
     """Share of training rows that hear the mean sharer features in place of the sharer's cache. At 1 all rows do, those
     of the validation too: the fuser learns what its parameters alone can bring."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the fuser's products in training; its weights and the optimizer are float32."""
+    compile: bool = False
+    """Run the fuser through torch.compile, which needs a C++ compiler on a CPU."""
+    gradient_checkpointing: bool = False
+    """Compute the receiver's activations again in the backward pass instead of keeping them."""
+
+
+class WatchPart(_Part):
+    """What is measured on the way, and what is kept."""
+
+    eval_steps: int = Field(default=50, gt=0)
+    """Steps between two validations, each followed by a checkpoint."""
+    patience: int = Field(default=4, gt=0)
+    """Stop after this many validations without a better response likelihood."""
+    log_steps: int = Field(default=10, gt=0)
+    keep: int = Field(default=2, gt=0)
+    """Checkpoints to keep, the newest ones; the best is kept besides."""
+    report_to: tuple[str, ...] = ("tensorboard",)
+    """Trackers, by transformers' names; none if empty."""
+
+    @model_validator(mode="after")
+    def _whole_windows(self) -> Self:
+        if self.eval_steps % self.log_steps:
+            raise ValueError("eval_steps must be a multiple of log_steps: a resumed run would log other averages")
+        return self
 
 
 class Recipe(_Part):
@@ -75,22 +168,29 @@ class Recipe(_Part):
     seed: int = 0
     fuser: FuserPart = FuserPart()
     data: DataPart
+    objective: ObjectivePart = ObjectivePart()
     optim: OptimPart = OptimPart()
+    watch: WatchPart = WatchPart()
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if self.data.stream and self.optim.max_steps is None:
+            raise ValueError("data.stream needs optim.max_steps, since nobody knows where a stream ends")
+        if self.data.stream and self.optim.bucket:
+            raise ValueError("optim.bucket needs the rows' lengths, which data.stream does not know")
+        return self
 
 
-def read_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe.
+@dataclass(frozen=True)
+class Machine:
+    """Where a run happens. None of it changes what the run ends with, beyond rounding."""
 
-    Raises:
-        RecipeError: no such file, not TOML, or fields that are wrong; all of them are listed.
-    """
-    path = Path(path)
-    try:
-        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise RecipeError("no such recipe", got=path, allowed="a .toml file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not TOML", got=str(error)) from error
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors())
-        raise RecipeError(f"{path} has {error.error_count()} wrong fields", got=wrong) from error
+    data_dir: Path = Path()
+    """What the recipe's paths are relative to."""
+    features: Path | None = None
+    """Folder of prefills, which may be shared by all runs; None computes every prefill when it is needed."""
+    device: str | None = None
+    """Of receiver and fuser; an accelerator if there is one."""
+    sharer_device: str | None = None
+    """The same by default."""
+    trust_remote_code: bool = False

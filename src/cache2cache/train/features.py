@@ -1,146 +1,108 @@
-"""Prefills of a frozen model, computed once and kept on disk.
-
-A frozen model reads the same tokens into the same cache every time, so training computes each prefill once and
-later epochs, later runs and the evaluation of controls only read it. One store holds the caches of one model,
-keyed by the token ids alone: prompts, alignments and fusers may change without making an entry stale.
-"""
+"""Training rows with what the frozen models say of them: computed ahead and read from disk, or left to be computed live."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
+from accelerate import PartialState
+from rich.console import Console
+from torch.utils.data import Dataset
 
-from cache2cache.errors import DataError
-from cache2cache.models import kv
-from cache2cache.models.load import LanguageModel
-from cache2cache.types import ModelCard
-
-_SHARD_ROWS = 64
-
-
-Ids = Sequence[int] | np.ndarray
-"""Token ids of one prompt."""
-
-
-def row_key(ids: Ids) -> str:
-    """Key of one prompt: a digest of its token ids."""
-    return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()[:24]
+from cache2cache.errors import RecipeError
+from cache2cache.models.disk import human, size
+from cache2cache.models.prefills import PrefillStore
+from cache2cache.pipeline import C2C
+from cache2cache.train.arguments import device_of
+from cache2cache.train.batch import Item, Teacher, TrainRow
+from cache2cache.train.config import Machine, Recipe
+from cache2cache.train.prepare import load_pair, prepare_rows
+from cache2cache.train.statistics import mapped
+from cache2cache.train.taught import TeacherStore
 
 
-def prefill_rows(lm: LanguageModel, prompts: Sequence[Ids]) -> list[torch.Tensor]:
-    """The cache of each prompt, (2, L, H, n, D) on the CPU, all read in one batch."""
-    width = max(map(len, prompts))
-    ids = torch.zeros((len(prompts), width), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(prompts):
-        ids[i, : len(row)] = torch.as_tensor(row)
-        mask[i, : len(row)] = 1
-    whole = kv.stack(kv.prefill(lm.model, ids.to(lm.device), mask.to(lm.device))).to("cpu")
-    return [whole[:, :, i, :, : len(row)].contiguous() for i, row in enumerate(prompts)]
+class FeatureDataset(Dataset[Item]):
+    """Training rows and their features.
 
-
-def by_length(prompts: Sequence[Ids], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts in batches of about the same length, the longest first.
+    Of the receiver that is its cache up to where it is first fused: later positions are read over a fused cache, which
+    changes with the fuser. Of the sharer, the mapped layers at the positions that are heard.
 
     Args:
-        batch_tokens: tokens, padding included, of one batch; a longer prompt is a batch of its own.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    while order:
-        count = max(1, batch_tokens // len(prompts[order[0]]))
-        batch, order = order[:count], order[count:]
-        yield batch
+        folder: of `PrefillStore`s, which may be shared by all runs; what is missing is computed first. None leaves the
+            features out of the items, to be computed when they are needed.
+        teachers: the sharer's distributions, one for each row.
 
-
-class PrefillStore:
-    """Caches of one model on disk, (2, L, H, n, D) each, in safetensors shards that are written whole or not at all.
-
-    Args:
-        root: folder of all stores.
-        card: the model.
-        dtype: the dtype that the prefills are computed and stored in.
+    Raises:
+        DataError: see `PrefillStore.compute`.
     """
 
-    def __init__(self, root: str | Path, card: ModelCard, dtype: torch.dtype):
-        identity = {"model": card.model_dump(mode="json"), "dtype": str(dtype)}
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder = Path(root) / f"{card.id.replace('/', '--')}-{digest}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "model.json").write_text(json.dumps(identity, indent=1, sort_keys=True))
-        self.card, self.dtype = card, dtype
-        self._open = ExitStack()
-        self._shard_of: dict[str, safe_open] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            self._index(path)
-
-    def __contains__(self, ids: Ids) -> bool:
-        return row_key(ids) in self._shard_of
+    def __init__(
+        self, rows: Sequence[TrainRow], pair: C2C, folder: Path | None, teachers: Sequence[Teacher] | None = None
+    ):
+        self.rows, self.teachers = rows, teachers
+        self._layers = mapped(pair)
+        self._stores = None if folder is None else _stores(pair, folder)
+        if self._stores is not None:
+            own, theirs = self._stores
+            own.compute(pair.receiver, [row.row.ids[: row.first_stop] for row in rows])
+            theirs.compute(pair.sharers[0], map(_their_ids, rows), [row.heard_at for row in rows], self._layers)
 
     def __len__(self) -> int:
-        return len(self._shard_of)
+        return len(self.rows)
 
-    def bytes_for(self, tokens: int) -> int:
-        """Disk space that this many tokens take."""
-        size = self.card.geometry
-        return 2 * size.layers * size.features * self.dtype.itemsize * tokens
+    def __getitem__(self, index: int) -> Item:
+        row = self.rows[index]
+        teacher = None if self.teachers is None else self.teachers[index]
+        if self._stores is None:
+            return Item(row, teacher=teacher)
+        own, theirs = self._stores
+        return Item(
+            row,
+            own.load(row.row.ids[: row.first_stop]),
+            theirs.load(_their_ids(row), row.heard_at, self._layers),
+            teacher,
+        )
 
-    def load(self, ids: Ids) -> torch.Tensor:
-        """The cache of one prompt, (2, L, H, n, D).
 
-        Raises:
-            DataError: it was never computed.
-        """
-        key = row_key(ids)
-        if key not in self._shard_of:
-            raise DataError("no prefill stored for a prompt", got=f"{len(ids)} tokens", hint="Call compute() first")
-        return self._shard_of[key].get_tensor(key)
+def precompute(recipe: Recipe, machine: Machine) -> None:
+    """Compute and keep what a run of this recipe will read: prefills, and the sharer's distributions if it distils.
 
-    def compute(self, lm: LanguageModel, prompts: Iterable[Ids], *, batch_tokens: int = 1024) -> None:
-        """Prefill whatever is missing, the longest first, so that the time left is never underestimated; an interrupted run
-        goes on where it stopped.
+    With several processes, all of them call this and share the work.
 
-        Args:
-            batch_tokens: tokens, padding included, of one forward pass.
-        """
-        todo = {row_key(ids): list(ids) for ids in prompts if ids not in self}
-        keys, missing = list(todo), list(todo.values())
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        ) as bar:
-            task = bar.add_task(f"prefill {self.card.id}", total=sum(map(len, missing)))
-            shard: dict[str, torch.Tensor] = {}
-            for batch in by_length(missing, batch_tokens):
-                rows = [missing[i] for i in batch]
-                shard |= zip((keys[i] for i in batch), prefill_rows(lm, rows), strict=True)
-                bar.advance(task, sum(map(len, rows)))
-                if len(shard) >= _SHARD_ROWS:
-                    self.add(shard)
-                    shard = {}
-            if shard:
-                self.add(shard)
+    Raises:
+        RecipeError: a recipe that streams its rows, or a machine without a folder of features.
+        DataError: see `PrefillStore.compute`.
+    """
+    if recipe.data.stream:
+        raise RecipeError(
+            "a recipe with data.stream has no features to compute ahead: each is computed when it is needed",
+            hint="Train without this step",
+        )
+    if machine.features is None:
+        raise RecipeError("features need a folder", hint="Give one with --features")
+    everyone = PartialState(cpu=device_of(machine).type == "cpu")
+    pair = load_pair(recipe, machine)
+    prepared = prepare_rows(recipe, pair, machine)
+    folders = []
+    if recipe.objective.distill:
+        folders.append(TeacherStore(prepared.train, pair, machine.features, recipe.objective.distill_top).folder)
+    for rows in (prepared.train, prepared.validation):
+        FeatureDataset(rows, pair, machine.features)
+    folders += dict.fromkeys(store.folder for store in _stores(pair, machine.features))
+    if everyone.is_main_process:
+        for folder in folders:
+            Console().print(f"{folder}: {human(size(folder))}", markup=False, highlight=False, soft_wrap=True)
 
-    def add(self, shard: dict[str, torch.Tensor]) -> None:
-        """Keep the caches of these row keys, all of them or, if interrupted, none."""
-        path = self.folder / f"{min(shard)}.safetensors"
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        save_file(shard, partial)
-        partial.rename(path)
-        self._index(path)
 
-    def _index(self, path: Path) -> None:
-        opened = self._open.enter_context(safe_open(str(path), framework="pt"))
-        self._shard_of.update(dict.fromkeys(opened.keys(), opened))
+def _stores(pair: C2C, folder: Path) -> tuple[PrefillStore, PrefillStore]:
+    """The receiver's and the sharer's: the same one if a model is its own sharer."""
+    receiver, (sharer,) = pair.receiver, pair.sharers
+    own = PrefillStore(folder, receiver.card, receiver.dtype)
+    alone = (receiver.card, receiver.dtype) == (sharer.card, sharer.dtype)
+    return own, own if alone else PrefillStore(folder, sharer.card, sharer.dtype)
+
+
+def _their_ids(row: TrainRow) -> np.ndarray:
+    """(M,) what the sharer reads."""
+    return row.row.sharers[0].ids  # type: ignore[union-attr]

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,3 +27,13 @@ def asked(
     monkeypatch.setattr(C2C, "from_pretrained", from_pretrained)
     monkeypatch.setattr(C2C, "decode", decode)
     return asked
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """The shortest recipe there is, for commands that are kept from running it."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'receiver = "r"\nsharer = "s"\n[data]\ntrain = [{path = "a.jsonl"}]\nvalidation = [{path = "b.jsonl"}]\n'
+    )
+    return path

@@ -35,6 +35,7 @@ def test_inspect(receiver, sharer, tmp_path):
     for text in (
         "tiny-receiver ← tiny-sharer",
         "compact  (width 16, inner 24, blocks 1, dropout 0.0)",
+        "still_keys True, weigh True, combine add, hear_own True",
         f"{fuser.parameter_count():,} parameters, float32",
         "2 layers, 2 KV heads × 16, vocabulary 260",
         "0–1 ← 1–2",

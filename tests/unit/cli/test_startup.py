@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-HEAVY = "{'torch', 'transformers', 'numpy', 'huggingface_hub', 'gguf', 'scipy', 'matplotlib', 'accelerate'}"
+HEAVY = "{'torch', 'transformers', 'numpy', 'huggingface_hub', 'gguf', 'scipy', 'matplotlib', 'accelerate', 'datasets'}"
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,8 @@ HEAVY = "{'torch', 'transformers', 'numpy', 'huggingface_hub', 'gguf', 'scipy', 
         "import cache2cache.cli",
         "from cache2cache.cli import app; app(['--help'], standalone_mode=False)",
         "from cache2cache.cli import app; app(['generate', '--help'], standalone_mode=False)",
+        "from cache2cache.cli import app; app(['train', '--help'], standalone_mode=False)",
+        "from cache2cache.cli import app; app(['features', '--help'], standalone_mode=False)",
     ],
 )
 def test_imports_nothing_heavy(code: str):

@@ -1,11 +1,11 @@
-"""Multiple-choice rows: strict reading, fixed samples, leaks found."""
+"""Multiple-choice rows: strict reading, fixed samples."""
 
 import json
 
 import pytest
 
 from cache2cache.errors import DataError
-from cache2cache.evaluate.questions import Contamination, Question, read_questions
+from cache2cache.evaluate.questions import read_questions
 
 ROW = {"id": "1", "subject": "s", "question": "Which is a colour?", "choices": ["red", "seven"], "answer": 0}
 
@@ -45,11 +45,3 @@ def test_rows_of_another_form_are_refused(tmp_path, row, words):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"absent\.jsonl"):
         read_questions(tmp_path / "absent.jsonl")
-
-
-def test_contamination_is_the_same_question_or_a_run_of_13_words():
-    words = [f"word{i}" for i in range(30)]
-    known = Contamination([Question(**ROW), Question(**ROW | {"question": " ".join(words)})])
-    assert "which IS a colour" in known
-    assert "so " + " ".join(words[5:18]) + " it says" in known
-    assert "so " + " ".join(words[5:17]) + " it says" not in known

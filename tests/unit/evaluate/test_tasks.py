@@ -419,7 +419,8 @@ def hub(monkeypatch):
     asked = []
     rows = {task.sources["test"].repo: [HUB[name]] for name, task in TASKS.items()}
 
-    def load_dataset(repo, config, *, split, revision):
+    def load_dataset(repo, config, *, split, revision, streaming):
+        assert not streaming, "a split that is asked is fetched whole"
         asked.append((repo, config, split, revision))
         if isinstance(rows[repo], Exception):
             raise rows[repo]

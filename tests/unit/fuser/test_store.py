@@ -53,6 +53,18 @@ def refused(folder, *words: str) -> str:
     return str(caught.value)
 
 
+def test_configs_of_earlier_versions_mean_what_they_meant(folder, fuser):
+    """Without the fields that came later: how the temperature falls, which gates may open, parts of the compact fuser."""
+    path = folder / store.CONFIG
+    old = json.loads(path.read_text())
+    for field in ("schedule", "kinds", "layers"):
+        del old["gate"][field]
+    path.write_text(json.dumps(old))
+    loaded = Fuser.from_pretrained(folder)
+    assert loaded.config == fuser.config
+    assert all(torch.equal(x, fuser.state_dict()[name]) for name, x in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip(kind, receiver, sharer, tmp_path, caches):
     fuser = random_fuser(receiver, sharer, kind, fuse_last=4, training={"steps": 7})

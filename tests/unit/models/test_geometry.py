@@ -50,3 +50,16 @@ def test_scaled_frequencies_are_the_models_own(kind):
 def test_encoder_decoders_are_refused():
     with pytest.raises(ModelError, match="encoder-decoder"):
         geometry(AutoConfig.for_model("t5"), "t5")
+
+
+@pytest.mark.parametrize("layers", [(2, 0), (1, 1, 3), ()])
+def test_some_layers_keep_their_rotary_embeddings(layers):
+    whole = tiny_model("gemma3").card.geometry
+    some = whole.only(layers)
+    assert some.layers == len(layers) and some.features == whole.features
+    assert [some.ropes[i] for i in some.rope_of_layer] == [whole.ropes[whole.rope_of_layer[i]] for i in layers]
+
+
+def test_some_layers_of_a_model_without_rotary_embeddings():
+    some = tiny_model("gpt2").card.geometry.only([1])
+    assert some.layers == 1 and some.rope_of_layer == () and "learned" in some.rope_problem

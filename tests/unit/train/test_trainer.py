@@ -1,251 +1,291 @@
-"""Training on tiny random models: what is learned is saved, resumed and loaded again, and nothing else changes."""
+"""Training on tiny random models: what is learned is saved and loaded again, and nothing else changes."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 import torch
 
 from cache2cache import C2C, Fuser
-from cache2cache.errors import DataError, RecipeError
-from cache2cache.inputs import collate
+from cache2cache.errors import DataError, RecipeError, TrainingError
 from cache2cache.models import kv
-from cache2cache.pipeline import pad_id
-from cache2cache.testing import TINY_SIZES, random_fuser, tiny_pair
-from cache2cache.train import trainer as training
-from cache2cache.train.config import FuserPart, Recipe, read_recipe
-from cache2cache.train.data import Collator, FeatureDataset, read_examples, split
-from cache2cache.train.features import PrefillStore
+from cache2cache.testing import TINY_SIZES
+from cache2cache.train import statistics
+from cache2cache.train.arguments import arguments, device_of
+from cache2cache.train.batch import Collator
+from cache2cache.train.config import Machine, Recipe
+from cache2cache.train.features import FeatureDataset
+from cache2cache.train.prepare import load_pair, prepare_rows
+from cache2cache.train.run import train
+from cache2cache.train.step import TrainingStep
+from cache2cache.train.trainer import FuserTrainer
 
 
-@pytest.fixture
-def data(tmp_path):
-    """Questions whose answer is the choice that says so."""
-    draw = random.Random(0)
-    rows = []
-    for i in range(24):
-        answer = draw.randrange(4)
-        choices = ["yes" if k == answer else "no" for k in range(4)]
-        question = f"number {i}, which?"
-        rows.append({"id": str(i), "subject": "t", "question": question, "choices": choices, "answer": answer})
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:16]))
-    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[16:]))
-    return tmp_path
+def history(output: Path) -> list[dict]:
+    last = max(output.glob("checkpoint-*"), key=lambda x: int(x.name.removeprefix("checkpoint-")))
+    return json.loads((last / "trainer_state.json").read_text())["log_history"]
 
 
-def recipe(**optim) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "receiver": "tiny-receiver",
-            "sharer": "tiny-sharer",
-            "fuser": {"fuse_last": 8, "sizes": {"width": 16, "inner": 16, "blocks": 1}},
-            "data": {"train": [{"path": "train.jsonl"}], "validation": [{"path": "dev.jsonl"}]},
-            "optim": {"epochs": 6, "batch_size": 4, "warmup_steps": 2, "learning_rate": 1e-2, "eval_steps": 8}
-            | {"patience": 50}
-            | optim,
-        }
-    )
-
-
-@pytest.fixture
-def pair(monkeypatch):
-    models = dict(zip(("tiny-receiver", "tiny-sharer"), tiny_pair(), strict=True))
-    monkeypatch.setattr(training, "load", lambda name, **_: models[name])
-    return models
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return Fuser.from_pretrained(run / "fuser").state_dict()
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
     """Of the fusers of two runs, statistics included."""
-    ours, theirs = (Fuser.from_pretrained(run / "fuser").state_dict() for run in (first, second))
-    for name, tensor in ours.items():
+    theirs = weights(second)
+    for name, tensor in weights(first).items():
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_training_lowers_the_loss_and_saves_a_fuser_that_fits(pair, data, tmp_path):
-    frozen = {n: p.clone() for n, p in pair["tiny-receiver"].model.named_parameters()}
-    summary = training.train(recipe(), data, tmp_path / "out", tmp_path / "features")
-    history = json.loads(next((tmp_path / "out").glob("checkpoint-24/trainer_state.json")).read_text())["log_history"]
-    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    assert losses[-1] < losses[0]
-    assert summary["rows"] == 16 and summary["steps"] == 24
+def test_training_lowers_the_loss_and_saves_a_fuser_that_fits(models, recipe, machine, tmp_path):
+    frozen = {n: p.clone() for n, p in models["tiny-receiver"].model.named_parameters()}
+    summary = train(recipe(), tmp_path / "out", machine)
+    losses = [entry["eval_loss"] for entry in history(tmp_path / "out") if "eval_loss" in entry]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert summary["rows"] == 16 and summary["steps"] == 24 and summary["validation_loss"] == round(min(losses), 4)
     fuser = Fuser.from_pretrained(tmp_path / "out" / "fuser")
-    assert fuser.config.training["validation_loss"] == summary["validation_loss"]
-    fuser.check_pair(pair["tiny-receiver"].card, pair["tiny-sharer"].card)
-    for name, parameter in pair["tiny-receiver"].model.named_parameters():
+    assert fuser.config.training == summary
+    fuser.check_pair(models["tiny-receiver"].card, models["tiny-sharer"].card)
+    for name, parameter in models["tiny-receiver"].model.named_parameters():
         assert torch.equal(parameter, frozen[name]), f"{name} of the frozen receiver was trained"
 
 
-@pytest.mark.parametrize("sharer_dropout", [0.0, 0.3])
-def test_an_interrupted_run_ends_with_the_same_weights(pair, data, tmp_path, monkeypatch, sharer_dropout):
-    whole = recipe(sharer_dropout=sharer_dropout)
-    training.train(whole, data, tmp_path / "whole", tmp_path / "features")
-
-    class Killed(Exception):
-        pass
-
-    anneal = training.Anneal.on_step_end
-
-    def die(self, args, state, control, **kwargs):
-        anneal(self, args, state, control, **kwargs)
-        if state.global_step == 12:
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(training.Anneal, "on_step_end", die)
-        training.train(whole, data, tmp_path / "cut", tmp_path / "features")
-    training.train(whole, data, tmp_path / "cut", tmp_path / "features", resume=True)
-    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+def test_the_best_weights_are_saved_and_their_checkpoint_is_kept(models, recipe, machine, tmp_path):
+    """What training rows teach makes other answers less likely, so the first validations are the best."""
+    write_chats(machine.data_dir / "dev.jsonl", [[(f"number {i}", "zz")] for i in range(4)])
+    worse = recipe(optim={"epochs": 10}, watch={"keep": 1, "patience": 2})
+    summary = train(worse, tmp_path / "out", machine)
+    assert summary["best_step"] < summary["steps"] < 40, "two validations without a better one end the run"
+    kept = sorted(int(x.name.removeprefix("checkpoint-")) for x in (tmp_path / "out").glob("checkpoint-*"))
+    assert kept == [summary["best_step"], summary["steps"]]
+    best = Fuser.from_pretrained(tmp_path / "out" / f"checkpoint-{summary['best_step']}").state_dict()
+    for name, tensor in weights(tmp_path / "out").items():
+        assert torch.equal(tensor, best[name].to(torch.bfloat16).float()), name
 
 
-def test_cached_prefills_give_the_request_paths_logits(pair, data, tmp_path):
-    """What training fuses from disk is what the pipeline fuses from fresh prefills."""
-    receiver, sharer = pair["tiny-receiver"], pair["tiny-sharer"]
-    c2c = C2C(receiver, [sharer], [random_fuser(receiver, sharer, fuse_last=8)])
-    examples = read_examples(data / "train.jsonl")[:3]
-    stores = PrefillStore(tmp_path, receiver.card, torch.float32), PrefillStore(tmp_path, sharer.card, torch.float32)
-    dataset = FeatureDataset(examples, c2c, *stores)
-    batch = Collator(c2c)([dataset[i] for i in range(3)])
-    step = training.TrainingStep(c2c).eval()
-    with torch.no_grad():
-        logits = step(**batch)["logits"]
-    for i, example in enumerate(examples):
-        prefill = c2c.prefill(example.messages)
-        expected = receiver.model(prefill.ids[:, -1:], past_key_values=prefill.cache).logits[0, -1]
-        torch.testing.assert_close(logits[i], expected, rtol=1e-4, atol=1e-4)
+def test_a_validation_counts_tokens_not_batches(models, recipe, machine, tmp_path):
+    """Chats of unequal length in batches of unequal size."""
+    chats = [[("what", "a" * 3**i)] for i in range(4)] + [[("who", "b")]]
+    write_chats(machine.data_dir / "dev.jsonl", chats)
+    short = recipe(optim={"epochs": 2, "batch_size": 2})
+    summary = train(short, tmp_path / "out", machine)
+    best = Fuser.from_pretrained(tmp_path / "out" / f"checkpoint-{summary['best_step']}")
+    pair = C2C(models["tiny-receiver"], [models["tiny-sharer"]], [best])
+    rows = prepare_rows(short, pair, machine).validation
+    nats = tokens = 0.0
+    for row in rows:
+        out = TrainingStep(pair, short.objective).eval()(**Collator(pair)(list(FeatureDataset([row], pair, None))))
+        nats, tokens = nats + float(out["nats"].detach()), tokens + float(out["tokens"])
+    assert summary["validation_loss"] == pytest.approx(nats / tokens, abs=1e-3)
 
 
-def test_a_store_computes_each_prompt_once_and_survives_a_restart(pair, tmp_path, monkeypatch):
-    lm = pair["tiny-receiver"]
-    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
-    PrefillStore(tmp_path, lm.card, torch.float32).compute(lm, prompts, batch_tokens=6)
-    again = PrefillStore(tmp_path, lm.card, torch.float32)
-    monkeypatch.setattr(kv, "prefill", lambda *_: pytest.fail("a stored prompt was computed again"))
-    again.compute(lm, prompts)
-    assert len(again) == 3
-    monkeypatch.undo()
-    for ids in prompts:
-        fresh = kv.stack(kv.prefill(lm.model, torch.tensor([ids]), torch.ones((1, len(ids)))))[:, :, 0]
-        torch.testing.assert_close(again.load(ids), fresh, rtol=1e-5, atol=1e-5)
-    with pytest.raises(DataError, match="no prefill stored"):
-        again.load([7, 7])
+def test_the_fuser_answers_as_training_measured_it(models, recipe, machine, tmp_path):
+    """The likelihood of a validation row through the request path."""
+    summary = train(recipe(), tmp_path / "out", machine)
+    receiver = models["tiny-receiver"]
+    pair = C2C(receiver, [models["tiny-sharer"]], [Fuser.from_pretrained(tmp_path / "out" / "fuser")])
+    nats = tokens = 0.0
+    for row in prepare_rows(recipe(), pair, machine).validation:
+        prefill = pair.read(pair.prepare([[{"role": "user", "content": content_of(row, receiver)}]]))
+        response = torch.as_tensor(row.response)
+        read = torch.cat([prefill.ids[0, -1:], response[:-1]])[None]
+        logprobs = receiver.model(read, past_key_values=prefill.cache).logits[0].log_softmax(-1)
+        nats -= float(logprobs.gather(1, response[:, None]).sum())
+        tokens += len(response)
+    assert nats / tokens == pytest.approx(summary["validation_loss"], abs=0.05)  # the saved weights are bfloat16
 
 
-def test_stores_of_other_models_or_dtypes_are_kept_apart(pair, tmp_path):
-    receiver, sharer = pair["tiny-receiver"].card, pair["tiny-sharer"].card
-    folders = {PrefillStore(tmp_path, c, d).folder for c in (receiver, sharer) for d in (torch.float32, torch.bfloat16)}
-    assert len(folders) == 4
+def content_of(row, receiver) -> str:
+    text = receiver.tokenizer.decode(row.row.ids)
+    return text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
 
 
-def test_contaminated_rows_are_dropped(data):
-    held_out = json.loads((data / "train.jsonl").read_text().splitlines()[3])
-    (data / "test.jsonl").write_text(json.dumps(held_out) + "\n")
-    part = recipe().data.model_copy(update={"held_out": ("test.jsonl",)})
-    train, _, dropped = split(data, part, 0)
-    assert dropped == 1 and len(train) == 15
-    assert held_out["question"] not in {example.question.question for example in train}
+@pytest.mark.parametrize("objective", [{}, {"distill": 1.0, "distill_top": 8}, {"contrastive": 0.5}])
+def test_prefills_need_not_be_kept(models, recipe, machine, tmp_path, objective):
+    runs = []
+    for name, where in (("kept", machine), ("live", Machine(data_dir=machine.data_dir, device="cpu"))):
+        train(recipe(optim={"epochs": 2}, objective=objective), tmp_path / name, where)
+        runs.append([entry["loss"] for entry in history(tmp_path / name) if "loss" in entry])
+    assert runs[0] == pytest.approx(runs[1], abs=1e-4)
 
 
-def test_contaminated_chats_are_dropped_too(data):
-    leaked = json.loads((data / "dev.jsonl").read_text().splitlines()[0])["question"]
-    chats = [
-        [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}] for text in (leaked, "hi there")
-    ]
-    (data / "train.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    train, _, dropped = split(data, recipe().data, 0)
-    assert dropped == 1 and [example.asked for example in train] == ["hi there"]
+def test_accumulated_batches_are_one_large_batch(models, recipe, machine, tmp_path):
+    """Although responses differ in length: the loss is divided by the tokens of the whole step."""
+    write_chats(machine.data_dir / "train.jsonl", [[(f"number {i}", "a" * (1 + i * i % 7))] for i in range(16)])
+    for name, sizes in (("whole", {"batch_size": 4}), ("parts", {"batch_size": 1, "accumulate": 4})):
+        train(recipe(optim=sizes | {"epochs": 2}), tmp_path / name, machine)
+    logged = [[e["loss"] for e in history(tmp_path / name) if "loss" in e] for name in ("whole", "parts")]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+    parts = weights(tmp_path / "parts")
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(tensor, parts[name], rtol=2e-2, atol=2e-3)
 
 
-def test_chats_are_training_rows_too(tmp_path):
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}))
-    (example,) = read_examples(tmp_path / "chats.jsonl")
-    assert example.messages == turns[:1] and example.response == "hello"
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns[:1]}))
-    with pytest.raises(DataError, match="does not end with an answer"):
-        read_examples(tmp_path / "chats.jsonl")
+def test_rows_of_one_length_come_together(models, recipe, machine, tmp_path):
+    summary = train(recipe(optim={"bucket": True, "epochs": 2}), tmp_path / "out", machine)
+    assert summary["steps"] == 8
 
 
-def test_all_errors_of_a_recipe_are_told_at_once(tmp_path):
-    path = tmp_path / "recipe.toml"
-    path.write_text('receiver = "r"\nepochs = 3\n[data]\ntrain = []\nvalidation = [{path = "x", limit = -1}]\n')
-    with pytest.raises(RecipeError) as error:
-        read_recipe(path)
-    for field in ("sharer", "epochs", "data.train", "data.validation.0.limit"):
-        assert field in str(error.value)
-    with pytest.raises(RecipeError, match="no such recipe"):
-        read_recipe(tmp_path / "absent.toml")
+def test_weight_decay_and_learning_rates_by_kind_of_parameter(models, recipe, machine, tmp_path):
+    gates = {"gate_learning_rate": 0.5, "weight_decay": 0.1}
+    learned = recipe(optim=gates, fuser={"gate": {"learned": True}})
+    trainer, _ = trainer_of(learned, machine, tmp_path)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found["fuser.gate.logit"] == (0.5, 0.0)
+    assert found["fuser.enter.weight"] == (0.01, 0.1)
+    assert found["fuser.enter.bias"] == found["fuser.blocks.0.norm"] == (0.01, 0.0)
+    assert len(found) == len(names)
 
 
-def test_batches_of_training_rows_are_padded_like_prompts(pair, data, tmp_path):
-    receiver, sharer = pair["tiny-receiver"], pair["tiny-sharer"]
-    c2c = C2C(receiver, [sharer], [random_fuser(receiver, sharer)])
-    stores = PrefillStore(tmp_path, receiver.card, torch.float32), PrefillStore(tmp_path, sharer.card, torch.float32)
-    dataset = FeatureDataset(read_examples(data / "train.jsonl")[:2], c2c, *stores)
-    batch = Collator(c2c)([dataset[0], dataset[1]])
-    expected = collate(dataset.rows, pad_id(receiver), [pad_id(sharer)])
-    assert torch.equal(batch["ids"], expected.ids) and torch.equal(batch["due"], expected.sharers[0].due)
-    assert batch["own"].shape[4] == batch["ids"].shape[1] - 1
+def test_learned_gates_are_watched_and_their_temperature_falls(models, recipe, machine, tmp_path):
+    gate = {"learned": True, "anneal_steps": 16, "final_temperature": 0.5, "schedule": "linear"}
+    train(recipe(fuser={"gate": gate}), tmp_path / "out", machine)
+    logged = [entry for entry in history(tmp_path / "out") if "eval_loss" in entry]
+    assert [entry["gate/temperature"] for entry in logged] == pytest.approx([0.75, 0.5, 0.5])
+    assert all(0 < entry["gate/values_01"] < 1 for entry in logged)
+    assert {"eval_mismatched", "eval_margin", "eval_zeroed", "norm/leave"} <= set(logged[0])
+
+
+def test_trackers_are_transformers_own(models, recipe, machine, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(recipe(optim={"epochs": 2}, watch={"report_to": ["tensorboard"]}), tmp_path / "out", machine)
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"train/loss", "eval/loss", "eval/mismatched", "train/norm/leave"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("train/loss")] == [4, 8]
 
 
 @pytest.mark.parametrize("kind", ["compact", "paper"])
-def test_without_its_sharer_a_fuser_learns_nothing_from_the_sharers_caches(pair, data, tmp_path, monkeypatch, kind):
+def test_without_its_sharer_a_fuser_learns_nothing_from_the_sharers_caches(
+    models, recipe, machine, tmp_path, monkeypatch, kind
+):
     """Two runs that share the statistics of four rows; in one, every other cache of the sharer's is noise."""
-    monkeypatch.setattr(training, "_STATISTICS_ROWS", 4)
-    whole = recipe(sharer_dropout=1.0, epochs=2)
-    part = FuserPart(kind=kind, fuse_last=8, sizes=TINY_SIZES[kind])
-    whole = whole.model_copy(update={"fuser": part})
-    losses = [training.train(whole, data, tmp_path / "real", tmp_path / "features")["validation_loss"]]
-
+    monkeypatch.setattr(statistics, "STATISTICS_ROWS", 4)
+    part = {"kind": kind, "fuse_last": 8, "sizes": TINY_SIZES[kind]}
+    alone = recipe(fuser=part, optim={"sharer_dropout": 1.0, "epochs": 2})
+    losses = [train(alone, tmp_path / "real", machine)["validation_loss"]]
     load = FeatureDataset.__getitem__
 
     def noisy(self, index):
-        row, response, own, theirs = load(self, index)
-        is_sample = len(self) == 16 and index < 4
-        return row, response, own, theirs if is_sample else torch.full_like(theirs, 1e3)
+        item = load(self, index)
+        if len(self) == 16 and index < 4:  # the sample
+            return item
+        return type(item)(item.row, item.own, torch.full_like(item.theirs, 1e3))
 
     monkeypatch.setattr(FeatureDataset, "__getitem__", noisy)
-    losses.append(training.train(whole, data, tmp_path / "noise", tmp_path / "features")["validation_loss"])
+    losses.append(train(alone, tmp_path / "noise", machine)["validation_loss"])
     assert_same_weights(tmp_path / "real", tmp_path / "noise")
     assert losses[0] == losses[1], "validation must not hear the sharer either"
-    heard = whole.model_copy(update={"optim": whole.optim.model_copy(update={"sharer_dropout": 0.0})})
-    assert training.train(heard, data, tmp_path / "heard", tmp_path / "features")["validation_loss"] != losses[0]
+    heard = recipe(fuser=part, optim={"sharer_dropout": 0.0, "epochs": 2})
+    assert train(heard, tmp_path / "heard", machine)["validation_loss"] != losses[0]
 
 
-def test_the_statistics_are_those_of_the_fused_positions(pair, data, tmp_path):
-    """A compact fuser keeps the same means of its mapped layers."""
-    receiver, sharer = pair["tiny-receiver"], pair["tiny-sharer"]
-    fuser = random_fuser(receiver, sharer, fuse_last=8)
-    c2c = C2C(receiver, [sharer], [fuser])
-    stores = PrefillStore(tmp_path, receiver.card, torch.float32), PrefillStore(tmp_path, sharer.card, torch.float32)
-    dataset = FeatureDataset(read_examples(data / "train.jsonl"), c2c, *stores)
-    batch = Collator(c2c)([dataset[i] for i in range(len(dataset))])
-    training.standardise(fuser, batch)
-    statistics = training.sharer_statistics(sharer, batch)
-    assert statistics.count == 16 * 8
-    mean = statistics.mean[:, list(fuser.config.layer_map)].float()
-    torch.testing.assert_close(mean, fuser.other_mean[:, :, 0], rtol=1e-4, atol=1e-4)
-
-
-def test_without_dropout_the_sharer_is_not_measured(pair, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "sharer_statistics", lambda *_: pytest.fail("statistics that nobody needs"))
-    training.train(recipe(epochs=2), data, tmp_path / "out", tmp_path / "features")
-
-
-def test_the_summary_tells_the_rate(pair, data, tmp_path):
-    training.train(recipe(sharer_dropout=0.5, epochs=2), data, tmp_path / "out", tmp_path / "features")
-    assert Fuser.from_pretrained(tmp_path / "out" / "fuser").config.training["optim"]["sharer_dropout"] == 0.5
-
-
-def test_a_receiver_can_be_its_own_sharer(pair, data, tmp_path, monkeypatch):
+def test_a_receiver_can_be_its_own_sharer(models, recipe, machine, tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(training, "load", lambda name, **_: loaded.append(name) or pair[name])
-    own = recipe(epochs=2).model_copy(update={"sharer": "tiny-receiver"})
-    training.train(own, data, tmp_path / "out", tmp_path / "features")
+    monkeypatch.setattr("cache2cache.train.prepare.load", lambda name, **_: loaded.append(name) or models[name])
+    train(recipe(sharer="tiny-receiver", optim={"epochs": 2}), tmp_path / "out", machine)
     assert loaded == ["tiny-receiver"]
-    assert len(list((tmp_path / "features").iterdir())) == 1
-    fuser = Fuser.from_pretrained(tmp_path / "out" / "fuser")
-    receiver = pair["tiny-receiver"]
-    c2c = C2C(receiver, [receiver], [fuser])
+    receiver = models["tiny-receiver"]
+    pair = C2C(receiver, [receiver], [Fuser.from_pretrained(tmp_path / "out" / "fuser")])
     messages = [{"role": "user", "content": "hi"}]
-    assert not torch.equal(kv.stack(c2c.prefill(messages).cache), kv.stack(c2c.prefill(messages, sharers=[]).cache))
+    fused, plain = pair.prefill(messages).cache, pair.prefill(messages, sharers=[]).cache
+    assert not torch.equal(kv.stack(fused), kv.stack(plain))
+
+
+def test_rows_that_are_left_out_are_named(models, recipe, machine, tmp_path):
+    leaked = (machine.data_dir / "train.jsonl").read_text().splitlines()[3]
+    (machine.data_dir / "test.jsonl").write_text(leaked + "\n")
+    data = {"held_out": ["test.jsonl"], "max_tokens": 120}
+    summary = train(recipe(data=data, optim={"epochs": 2}), tmp_path / "out", machine)
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    expected = {"place": "train.jsonl, line 4", "reason": "same question", "held_out": "test.jsonl, line 1"}
+    assert row == expected
+    assert summary["rows"] == 15 and summary["rows_dropped"] == {"same question": 1}
+
+
+def test_a_recipe_without_rows_to_train_on_is_refused(models, recipe, machine, tmp_path):
+    with pytest.raises(DataError, match="no row is left"):
+        train(recipe(data={"max_tokens": 2}), tmp_path / "out", machine)
+
+
+def test_rows_can_come_as_a_stream(models, recipe, machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "STATISTICS_ROWS", 16)
+    leaked = (machine.data_dir / "train.jsonl").read_text().splitlines()[3]
+    (machine.data_dir / "test.jsonl").write_text(leaked + "\n")
+    streamed = {"stream": True, "shuffle_buffer": 4, "held_out": ["test.jsonl"]}
+    summary = train(recipe(data=streamed, optim={"max_steps": 12}), tmp_path / "out", machine)
+    assert summary["steps"] == 12 and summary["rows"] == "a stream"
+    assert summary["rows_dropped"] == {"same question": 1}, "three passes, one row"
+    assert not (tmp_path / "features").exists()
+    losses = [entry["loss"] for entry in history(tmp_path / "out") if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_a_stream_can_be_distilled(models, recipe, machine, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "STATISTICS_ROWS", 16)
+    optim, data = {"max_steps": 4}, {"stream": True}
+    summary = train(
+        recipe(data=data, optim=optim, objective={"distill": 1.0, "response": 0}), tmp_path / "out", machine
+    )
+    assert summary["steps"] == 4
+
+
+def test_a_run_that_explodes_is_halted(models, recipe, machine, tmp_path):
+    with pytest.raises(TrainingError, match="rows are in"):
+        train(recipe(optim={"learning_rate": 1e6, "warmup_steps": 0}), tmp_path / "out", machine)
+    rows = (tmp_path / "out" / "halted" / "rows-0.jsonl").read_text().splitlines()
+    assert len(rows) == 4 and "which?" in json.loads(rows[0])["prompt"]
+
+
+def test_a_gathered_state_is_saved_in_the_place_of_shards(models, recipe, machine, tmp_path):
+    """What FSDP hands over: the whole model's tensors, while the module itself holds only shards."""
+    trainer, step = trainer_of(recipe(), machine, tmp_path)
+    gathered = {name: torch.full_like(x, 0.5) for name, x in step.state_dict().items()}
+    trainer._save(str(tmp_path / "saved"), state_dict=gathered)
+    saved = Fuser.from_pretrained(tmp_path / "saved")
+    assert all((x == 0.5).all() for x in saved.state_dict().values()) and saved.config == step.fuser.config
+    assert sorted(x.name for x in (tmp_path / "saved").iterdir()) == ["fuser.safetensors", "fuser_config.json"]
+
+
+def test_weights_that_are_missing_from_a_checkpoint_are_an_error(models, recipe, machine, tmp_path):
+    train(recipe(optim={"epochs": 2}), tmp_path / "out", machine)
+    other = recipe(fuser={"sizes": {"width": 16, "inner": 16, "blocks": 2}})
+    trainer, _ = trainer_of(other, machine, tmp_path / "other")
+    with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.1"):
+        trainer.load_fuser(tmp_path / "out" / "checkpoint-8")
+
+
+@pytest.mark.parametrize(
+    ("fuser", "wrong"), [({"layer_map": [0]}, "1 entries for 2 receiver layers"), ({"layer_map": [0, 9]}, "layers 0–2")]
+)
+def test_a_fuser_that_does_not_fit_the_pair_is_a_recipes_error(models, recipe, machine, fuser, wrong):
+    with pytest.raises(RecipeError, match=wrong):
+        load_pair(recipe(fuser=fuser), machine)
+
+
+def test_several_processes_do_not_share_an_accelerator(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(device_of(Machine(device="cuda"))) == "cuda:1" and str(device_of(Machine(device="cpu"))) == "cpu"
+    with pytest.raises(RecipeError, match="several processes"):
+        device_of(Machine(device="cuda:0"))
+
+
+def trainer_of(recipe: Recipe, machine: Machine, tmp_path: Path) -> tuple[FuserTrainer, TrainingStep]:
+    pair = load_pair(recipe, machine)
+    step = TrainingStep(pair, recipe.objective)
+    rows = FeatureDataset([], pair, None)
+    args = arguments(recipe, tmp_path, torch.device("cpu"))
+    return FuserTrainer(step, pair, recipe, args, Collator(pair), rows, rows, None), step
+
+
+def write_chats(path: Path, chats: list[list[tuple[str, str]]]) -> None:
+    rows = []
+    for chat in chats:
+        turns = [(role, text) for turn in chat for role, text in zip(("user", "assistant"), turn, strict=True)]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

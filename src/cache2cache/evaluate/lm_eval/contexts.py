@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from cache2cache import inputs
+from cache2cache import plaintext
 from cache2cache.errors import AlignmentError, ConversationError
-from cache2cache.fuser.base import Fuser
 from cache2cache.inputs import Row, SharerRow
 from cache2cache.pipeline import C2C
 from cache2cache.text import chat
-from cache2cache.types import Conversation, Message, Timings
+from cache2cache.types import Conversation
 
 _KEY = "c2c_conversation"
-_TEXT = "{{ messages[0]['content'] }}"
 
 
 class Asked(NamedTuple):
@@ -108,7 +105,6 @@ class Reader:
     def __init__(self, pair: C2C):
         self.pair = pair
         self.tokenizer = pair.receiver.tokenizer
-        self._of_text = [_of_text(fuser) for fuser in pair.fusers]
 
     @property
     def prefix_token(self) -> int:
@@ -160,27 +156,8 @@ class Reader:
         return Prompt(row, before, tuple(fuser.config.alignment == "same-ids" for fuser in self.pair.fusers))
 
     def _read_text(self, text: str) -> Row:
-        message = Message(role="user", content=text)
-        pair, who = self.pair, range(len(self.pair.sharers))
-        row = inputs.row([message], pair.receiver, pair.sharers, self._of_text, who, Timings(), _TEXT)
-        return replace(row, sharers=tuple(map(_anchored, row.sharers, pair.fusers)))
-
-
-def _of_text(fuser: Fuser) -> Fuser:
-    """The same fuser for models that read plain text. The receiver's special tokens are left to hf's rule."""
-    view = copy.copy(fuser)
-    templates = {"receiver_template": _TEXT, "sharer_template": chat.BOS + _TEXT}
-    view.config = fuser.config.model_copy(update=templates)
-    return view
-
-
-def _anchored(part: SharerRow | None, fuser: Fuser) -> SharerRow | None:
-    """The last fused token looks at the sharer's last position, as at the end of a template (see `text.align`)."""
-    if part is None or fuser.config.alignment != "native":
-        return part
-    alignment = part.alignment.copy()
-    alignment[-2:] = len(part.ids) - 1
-    return replace(part, alignment=alignment)
+        # The receiver's special tokens are left to hf's rule.
+        return plaintext.row(self.pair, text, range(len(self.pair.sharers)), begin=False)
 
 
 def _common(a: Iterable[int], b: Iterable[int]) -> int:

@@ -5,10 +5,9 @@ import torch
 from pydantic import ValidationError
 
 from cache2cache.fuser.statistics import FeatureStatistics
-from cache2cache.models import kv
 from cache2cache.testing import tiny_model
 from cache2cache.train.config import OptimPart
-from cache2cache.train.data import SharerDropout
+from cache2cache.train.dropout import SharerDropout
 
 ROWS, WIDTH = 6, 7
 
@@ -27,55 +26,55 @@ def theirs(statistics):
 
 
 @pytest.fixture
-def mask():
-    """Padded on the left, by another number of columns in each row."""
-    return (torch.arange(WIDTH) >= torch.arange(ROWS)[:, None]).long()
+def positions():
+    """Other ones in each row."""
+    return torch.arange(WIDTH) + 3 * torch.arange(ROWS)[:, None]
 
 
-def expected(statistics: FeatureStatistics, mask: torch.Tensor, row: int) -> torch.Tensor:
-    return statistics.mean_cache(kv.position_ids(mask)[row])
+def expected(statistics: FeatureStatistics, positions: torch.Tensor, row: int) -> torch.Tensor:
+    return statistics.mean_cache(positions[row])
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_at_1_every_row_is_the_mean_at_its_own_positions(statistics, theirs, mask, training):
-    got = SharerDropout(1.0, statistics)(theirs, mask, training=training)
+def test_at_1_every_row_is_the_mean_at_its_own_positions(statistics, theirs, positions, training):
+    got = SharerDropout(1.0, statistics)(theirs, positions, training=training)
     assert got.shape == theirs.shape
     for row in range(ROWS):
-        torch.testing.assert_close(got[:, :, row], expected(statistics, mask, row))
+        torch.testing.assert_close(got[:, :, row], expected(statistics, positions, row))
 
 
-def test_below_1_some_rows_are_the_mean_and_the_others_untouched(statistics, theirs, mask):
+def test_below_1_some_rows_are_the_mean_and_the_others_untouched(statistics, theirs, positions):
     torch.manual_seed(0)
     dropout, dropped = SharerDropout(0.3, statistics), []
     for _ in range(100):
-        got = dropout(theirs, mask, training=True)
+        got = dropout(theirs, positions, training=True)
         for row in range(ROWS):
             dropped.append(not torch.equal(got[:, :, row], theirs[:, :, row]))
             if dropped[-1]:
-                torch.testing.assert_close(got[:, :, row], expected(statistics, mask, row))
+                torch.testing.assert_close(got[:, :, row], expected(statistics, positions, row))
     assert 0.2 < sum(dropped) / len(dropped) < 0.4
 
 
-def test_below_1_validation_hears_the_sharer(statistics, theirs, mask):
+def test_below_1_validation_hears_the_sharer(statistics, theirs, positions):
     state = torch.get_rng_state()
-    assert SharerDropout(0.99, statistics)(theirs, mask, training=False) is theirs
+    assert SharerDropout(0.99, statistics)(theirs, positions, training=False) is theirs
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_global_seed_chooses_the_rows(statistics, theirs, mask):
+def test_the_global_seed_chooses_the_rows(statistics, theirs, positions):
     draws = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        draws.append(torch.cat([SharerDropout(0.5, statistics)(theirs, mask, training=True) for _ in range(5)]))
+        draws.append(torch.cat([SharerDropout(0.5, statistics)(theirs, positions, training=True) for _ in range(5)]))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
-def test_the_mean_is_not_rounded_to_the_caches_dtype(statistics, theirs, mask):
-    got = SharerDropout(1.0, statistics)(theirs.bfloat16(), mask, training=True)
-    torch.testing.assert_close(got[:, :, 0], expected(statistics, mask, 0))
+def test_the_mean_is_not_rounded_to_the_caches_dtype(statistics, theirs, positions):
+    got = SharerDropout(1.0, statistics)(theirs.bfloat16(), positions, training=True)
+    torch.testing.assert_close(got[:, :, 0], expected(statistics, positions, 0))
     torch.manual_seed(0)
-    some = SharerDropout(0.5, statistics)(theirs.bfloat16(), mask, training=True)
-    kept = [row for row in range(ROWS) if not torch.allclose(some[:, :, row], expected(statistics, mask, row))]
+    some = SharerDropout(0.5, statistics)(theirs.bfloat16(), positions, training=True)
+    kept = [row for row in range(ROWS) if not torch.allclose(some[:, :, row], expected(statistics, positions, row))]
     assert 0 < len(kept) < ROWS
     assert torch.equal(some[:, :, kept], theirs.bfloat16().float()[:, :, kept])
 

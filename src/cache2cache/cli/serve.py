@@ -1,0 +1,144 @@
+"""`c2c serve`: a pair behind the OpenAI API."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cache2cache.cli import pair as options
+from cache2cache.cli.extras import need
+from cache2cache.cli.listening import bind, only_this_machine, url
+
+if TYPE_CHECKING:
+    from cache2cache.pipeline import C2C
+    from cache2cache.serve.settings import ServeSettings
+
+KEYS_VARIABLE = "C2C_API_KEYS"
+
+_GIB = 1 << 30
+_SERVER, _LOAD = "Server", "Load"
+
+
+def serve(
+    receiver: options.Receiver = options.DEMO_RECEIVER,
+    sharer: options.Sharers = None,
+    fuser: options.Fusers = None,
+    no_sharer: options.NoSharer = False,
+    mode: options.Mode = "parallel",
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen at. Others than this machine need keys.", rich_help_panel=_SERVER),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.", rich_help_panel=_SERVER)
+    ] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="API keys, one per line.",
+            show_default=f"${KEYS_VARIABLE}, or nobody needs one",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds after which a request is given up.", rich_help_panel=_SERVER)
+    ] = 600,
+    notice: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds for which it is served on after SIGTERM while /ready says no already.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 0,
+    grace: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds that running requests then have to end.", rich_help_panel=_SERVER),
+    ] = 30,
+    max_choices: Annotated[
+        int, typer.Option(min=1, help="Most answers that one request may ask for.", rich_help_panel=_LOAD)
+    ] = 16,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Most answers that are written at a time.", rich_help_panel=_LOAD)
+    ] = 16,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Most answers that wait; more are refused.", rich_help_panel=_LOAD)
+    ] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=_LOAD)] = 1024,
+    cache_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="GiB for caches of running requests.", show_default="no limit", rich_help_panel=_LOAD
+        ),
+    ] = None,
+    prefix_memory: Annotated[
+        float,
+        typer.Option(
+            min=0, help="GiB for conversations that are kept for requests that go on with them.", rich_help_panel=_LOAD
+        ),
+    ] = 0,
+    sharer_token_file: options.SharerTokenFile = None,
+    sharer_key_file: options.SharerKeyFile = None,
+    sharer_precision: options.SharerPrecision = None,
+    sharer_timeout: options.SharerTimeout = None,
+    on_sharer_failure: options.OnSharerFailure = "fail",
+    device: options.Device = "cpu",
+    sharer_device: options.SharerDevice = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Serve a pair to clients of the OpenAI API.
+
+    Without options the demo pair answers, to this machine only. Models are listed at /v1/models: the pair, its receiver
+    alone, each sharer alone. Logs are JSON on stderr.
+    """
+    need("c2c serve", "serve", ("fastapi", "uvicorn", "prometheus_client"))
+    from cache2cache.serve.keys import Keys
+    from cache2cache.serve.settings import ServeSettings
+
+    keys = Keys.load(KEYS_VARIABLE, api_key_file)
+    if keys is None and not only_this_machine(host):
+        raise typer.BadParameter(f"--host {host} lets other machines in: give --api-key-file, or ${KEYS_VARIABLE}")
+    bound = bind(host, port)  # before anything is loaded: a port that is taken is told at once
+    pair = options.load_pair(
+        receiver,
+        sharer,
+        fuser,
+        no_sharer=no_sharer,
+        mode=mode,
+        device=device,
+        sharer_device=sharer_device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        elsewhere=options.Elsewhere(
+            sharer_token_file, sharer_key_file, sharer_precision, sharer_timeout, on_sharer_failure
+        ),
+    )
+    names = tuple(Path(name).name for name in options.complete(receiver, sharer, fuser, no_sharer)[1])
+    settings = ServeSettings(
+        fusers=names, keys=keys, max_choices=max_choices, timeout=timeout, notice=notice, grace=grace
+    )
+    _run(
+        pair,
+        settings,
+        bound,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        max_new_tokens=max_new_tokens,
+        memory_bytes=None if cache_memory is None else int(cache_memory * _GIB),
+        prefix_bytes=int(prefix_memory * _GIB),
+    )
+
+
+def _run(pair: C2C, settings: ServeSettings, bound: socket.socket, **engine_options: Any) -> None:
+    from cache2cache.serve import logs
+    from cache2cache.serve.app import create_app
+    from cache2cache.serve.embedded import TransformersEngine
+    from cache2cache.serve.server import Server
+
+    logs.to_stderr()
+    logs.log.info("serving", extra={"fields": {"url": f"{url(bound)}/v1"}})
+    Server(create_app(TransformersEngine(pair, **engine_options), settings)).run([bound])

@@ -1,0 +1,113 @@
+"""From requests that were admitted to answers that can be written: one prefill and fusion for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from transformers import DynamicCache
+
+from cache2cache import inputs, plaintext
+from cache2cache.chat import rewind
+from cache2cache.crossing import crossing_bytes
+from cache2cache.errors import RequestError
+from cache2cache.inputs import Inputs, Row
+from cache2cache.models import kv
+from cache2cache.pipeline import C2C, Prefill, pad_id
+from cache2cache.serve.engine import Usage
+from cache2cache.serve.job import Answer, Job
+from cache2cache.serve.lane import cut
+from cache2cache.serve.prefix import Kept
+from cache2cache.types import Timings
+
+
+def tokenise(pair: C2C, job: Job, longest: int, timings: Timings) -> None:
+    """Find out what a request reads, and how much it may write.
+
+    Args:
+        longest: most tokens that any request may write.
+
+    Raises:
+        RequestError: nothing to read.
+        ConversationError, TemplateError, AlignmentError, ContextLengthError: see `inputs.row`.
+    """
+    request, asked = job.request, job.request.sampling.max_tokens
+    if isinstance(request.prompt, str):
+        bos = pair.receiver.tokenizer.bos_token
+        begin = not (bos and request.prompt.startswith(str(bos)))
+        row = plaintext.row(pair, request.prompt, sorted(set(request.sharers)), begin=begin, timings=timings)
+    else:
+        (row,) = pair.rows([request.prompt], [list(request.sharers)], timings)
+    if not len(row.ids):
+        raise RequestError("the prompt has no tokens", allowed="at least one")
+    context = pair.receiver.card.geometry.max_positions
+    room = longest if context is None else min(longest, context - len(row.ids))
+    job.limit = room if asked is None else asked
+    inputs.check_length(pair.receiver, len(row.ids), job.limit)
+    job.row = row
+
+
+def collate(pair: C2C, rows: Sequence[Row]) -> Inputs:
+    """Rows of a pair as a batch."""
+    return inputs.collate(rows, pad_id(pair.receiver), [pad_id(lm) for lm in pair.sharers])
+
+
+def fresh(
+    pair: C2C, jobs: Sequence[Job], ends: Collection[int], timings: Timings, *, keep: bool
+) -> tuple[list[Answer], Prefill]:
+    """Read and fuse prompts in one batch, those that are asked more than once only once.
+
+    Args:
+        keep: give the answers copies of the sharers' caches.
+    """
+    order = {key: i for i, key in enumerate(dict.fromkeys(job.prompt_key() for job in jobs))}
+    at = [order[job.prompt_key()] for job in jobs]
+    rows = [jobs[at.index(i)].read for i in range(len(order))]
+    prefill = pair.read(collate(pair, rows), timings=timings)
+    answers = [_answer(pair, job, ends, rows[i], prefill, 0) for job, i in zip(jobs, at, strict=True)]
+    if keep:
+        caches = [_sharer_caches(prefill, i, row) for i, row in enumerate(rows)]
+        for answer, i in zip(answers, at, strict=True):
+            answer.sharer_caches = caches[i]
+    if len(rows) < len(jobs):
+        kv.select_rows(prefill.cache, at)
+    return answers, replace(prefill, inputs=Inputs(prefill.ids[at], prefill.mask[at], ()), sharer_caches=[])
+
+
+def continued(pair: C2C, job: Job, kept: Kept, ends: Collection[int], timings: Timings) -> tuple[list[Answer], Prefill]:
+    """Read and fuse what a prompt has beyond a conversation that was answered before."""
+    last = kept.prefill
+    prepared = rewind(last, kept.written, collate(pair, [job.read]))
+    cached = kv.length(last.cache)
+    prefill = pair.read(prepared, resume=last, timings=timings)
+    new = [
+        None if part is None or batch is None else replace(part, due=batch.due[0].numpy())
+        for part, batch in zip(job.read.sharers, prepared.sharers, strict=True)
+    ]
+    answer = _answer(pair, job, ends, Row(job.read.ids, tuple(new)), prefill, cached)
+    answer.sharer_caches = _sharer_caches(prefill, 0, job.read)
+    return [answer], prefill
+
+
+def _answer(pair: C2C, job: Job, ends: Collection[int], row: Row, prefill: Prefill, cached: int) -> Answer:
+    """An answer of which nothing is written.
+
+    Args:
+        row: of which only the positions that were fused for this request are due.
+        cached: prompt tokens that an earlier request had read.
+    """
+    degraded = tuple(i for i in sorted(prefill.degraded) if row.sharers[i] is not None)
+    heard = replace(row, sharers=tuple(None if i in degraded else part for i, part in enumerate(row.sharers)))
+    read = tuple(len(part.ids) for part in heard.sharers if part is not None)
+    usage = Usage(len(row.ids), read, cached, crossing_bytes(pair, heard))
+    return Answer(job, pair.receiver.tokenizer, ends, usage, degraded)
+
+
+def _sharer_caches(prefill: Prefill, row: int, read: Row) -> list[DynamicCache]:
+    """Copies of what each sharer has read of one row; empty where it did not speak or keeps its cache to itself."""
+    caches = []
+    for part, batch, cache in zip(read.sharers, prefill.inputs.sharers, prefill.sharer_caches, strict=True):
+        width = 0 if batch is None else batch.ids.shape[1]
+        here = part is not None and kv.length(cache) == width
+        caches.append(cut(cache, row, width - len(part.ids), width) if part is not None and here else kv.new_cache())
+    return caches

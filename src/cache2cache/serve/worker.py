@@ -1,0 +1,221 @@
+"""The embedded engine's thread: admits, reads, writes, and lets go."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from cache2cache.errors import RequestError
+from cache2cache.models.load import LanguageModel
+from cache2cache.models.prefills import by_length
+from cache2cache.pipeline import C2C, Prefill
+from cache2cache.serve import reading
+from cache2cache.serve.admission import Budget, Queue
+from cache2cache.serve.engine import Load
+from cache2cache.serve.job import Answer, Job
+from cache2cache.serve.lane import Lane
+from cache2cache.serve.prefix import Kept, PrefixCache
+from cache2cache.types import Timings, clock
+
+_BATCH_TOKENS = 8192
+"""Of one forward pass over prompts, padding included; a longer prompt is read alone."""
+
+_TURN = 16
+"""Tokens that a model writes before another one, of which answers are wanted as well, has its turn."""
+
+_COUNTED = (
+    "answers",
+    "tokens_prompt",
+    "tokens_cached",
+    "tokens_sharer",
+    "tokens_generated",
+    "prefix_hits",
+    "sharer_bytes",
+)
+
+Admitted = dict[int | None, list[Job]]
+"""Jobs by who answers."""
+
+
+class Worker:
+    """Everything that touches models and tokenizers, which are not made for several threads."""
+
+    def __init__(
+        self,
+        pair: C2C,
+        max_batch: int,
+        max_waiting: int,
+        memory_bytes: int | None,
+        max_new_tokens: int,
+        prefix_bytes: int,
+    ):
+        alone = {i: Lane(C2C(lm)) for i, lm in enumerate(pair.sharers) if isinstance(lm, LanguageModel)}
+        self.lanes: dict[int | None, Lane] = {None: Lane(pair), **alone}
+        """Batches by who answers: the receiver, or a sharer by itself."""
+        self.queue = Queue(max_waiting)
+        self._max_batch, self._max_new_tokens = max_batch, max_new_tokens
+        self._prefixes = PrefixCache(prefix_bytes)
+        self._budget = Budget(memory_bytes, keep=prefix_bytes > 0)
+        self._counters = dict.fromkeys((*(f"seconds_{stage}" for stage in vars(Timings())), *_COUNTED), 0.0)
+        self._answer_seconds = 1.0
+
+    def run(self) -> None:
+        """Work until the queue is closed."""
+        while self.queue.wait(idle=not self._running()):
+            for alone, jobs in self._admitted().items():
+                with self._guarded(self.lanes[alone], jobs):
+                    self._read(self.lanes[alone], jobs)
+            for lane in self.lanes.values():
+                with self._guarded(lane):
+                    self._write(lane)
+
+    def load(self) -> Load:
+        """How busy it is; may be asked from another thread."""
+        held = self._running_bytes() + self._prefixes.bytes
+        return Load(len(self.queue), self._running(), held, dict(self._counters))
+
+    def retry_after(self) -> float:
+        """Seconds until those who wait now have been answered, about; likewise."""
+        return max(1.0, math.ceil(len(self.queue) * self._answer_seconds / self._max_batch))
+
+    # --- admission ------------------------------------------------------------------------------------------------
+
+    def _admitted(self) -> Admitted:
+        """Those who have waited longest, as far as there is room."""
+        self.queue.news = False
+        admitted: Admitted = {alone: [] for alone in self.lanes}
+        free = self._max_batch - self._running()
+        while free and (job := self.queue.first()):
+            alone = job.request.alone
+            try:
+                fits = self._fits(job, {**admitted, alone: [*admitted[alone], job]})
+            except Exception as error:  # whatever a prompt does to a tokenizer or a template is its sender's to know
+                job.send(error)
+                self.queue.discard(job)
+                continue
+            if not fits:
+                break
+            self.queue.discard(job)
+            admitted[alone].append(job)
+            free -= 1
+        return admitted
+
+    def _fits(self, job: Job, admitted: Admitted) -> bool:
+        """Whether there is room for those who run and those who are admitted, `job` among them."""
+        pair = self.lanes[job.request.alone].pair
+        if job.row is None:
+            with self._timed() as timings:
+                reading.tokenise(pair, job, self._max_new_tokens, timings)
+        least = self._budget.running(pair, [job]) + self._budget.reading(pair, [job])
+        if not self._budget.fits(least):
+            raise RequestError(
+                "the request needs more memory than the server has",
+                got=f"{least:,} bytes of cache", allowed=f"up to {self._budget.limit:,}",
+                hint="Shorten the conversation or ask for fewer tokens",
+            )  # fmt: skip
+        reads = sum(self._budget.reading(self.lanes[alone].pair, jobs) for alone, jobs in admitted.items())
+        return self._budget.fits(self._running_bytes(admitted) + reads)
+
+    def _running(self) -> int:
+        return sum(len(lane.answers) for lane in self.lanes.values())
+
+    def _running_bytes(self, more: Admitted | None = None) -> int:
+        more = more or {}
+        batches = ((lane, [a.job for a in lane.answers] + more.get(alone, [])) for alone, lane in self.lanes.items())
+        return sum(self._budget.running(lane.pair, jobs) for lane, jobs in batches)
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def _read(self, lane: Lane, jobs: Sequence[Job]) -> None:
+        """Let jobs join a batch: those that go on with a kept conversation one by one, the others together."""
+        others = []
+        for job in jobs:
+            if kept := self._prefixes.find(job.request):
+                self._counters["prefix_hits"] += 1
+                self._join(lane, [job], kept)
+            else:
+                others.append(job)
+        longest = [max([job.read.ids, *(part.ids for part in job.read.sharers if part)], key=len) for job in others]
+        for batch in by_length(longest, _BATCH_TOKENS):
+            self._join(lane, [others[i] for i in batch])
+
+    def _join(self, lane: Lane, jobs: Sequence[Job], kept: Kept | None = None) -> None:
+        """Read prompts together; if that goes wrong, one by one, so that only those suffer that are at fault."""
+        try:
+            with self._timed() as timings:
+                if kept:
+                    answers, prefill = reading.continued(lane.pair, jobs[0], kept, lane.ends, timings)
+                else:
+                    keep = self._prefixes.limit > 0
+                    answers, prefill = reading.fresh(lane.pair, jobs, lane.ends, timings, keep=keep)
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].send(error)
+            else:
+                self._join_singly(lane, jobs)
+            return
+        if prefill.degraded and len(jobs) > 1:
+            self._join_singly(lane, jobs)
+            return
+        lane.join(answers, prefill)
+        for answer in answers:
+            self._counters["tokens_prompt"] += answer.usage.prompt_tokens
+            self._counters["tokens_cached"] += answer.usage.cached_tokens
+            self._counters["tokens_sharer"] += sum(answer.usage.sharer_tokens)
+            self._counters["sharer_bytes"] += answer.usage.cache_bytes
+
+    def _join_singly(self, lane: Lane, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._join(lane, [job])
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def _write(self, lane: Lane) -> None:
+        """One call of `generate`, after which those who are done leave."""
+        if not lane.answers:
+            return
+        others, before = self._running() > len(lane.answers), sum(len(a.written) for a in lane.answers)
+
+        def enough(tokens: int) -> bool:
+            left = any(answer.done for answer in lane.answers)
+            admits = left or (self.queue.news and self._running() < self._max_batch)
+            return (others and tokens >= _TURN) or (admits and len(self.queue) > 0)
+
+        with self._timed() as timings, clock(timings, "decode"):
+            lane.write(enough)
+        self._counters["tokens_generated"] += sum(len(a.written) for a in lane.answers) - before
+        for row, answer in enumerate(lane.answers):
+            if answer.finish:
+                self._answered(lane, row, answer)
+        lane.leave()
+
+    def _answered(self, lane: Lane, row: int, answer: Answer) -> None:
+        self._counters["answers"] += 1
+        self._answer_seconds += 0.1 * (time.monotonic() - answer.begun - self._answer_seconds)
+        request = answer.job.request
+        # What was to be heard and was not would be missing in all later turns.
+        if self._prefixes.limit and not answer.degraded and not isinstance(request.prompt, str):
+            read = reading.collate(lane.pair, [answer.job.read])
+            prefill = Prefill(read, lane.cache_of(row), answer.sharer_caches)
+            self._prefixes.keep(request, answer.text, Kept(prefill, answer.written))
+
+    @contextmanager
+    def _timed(self) -> Iterator[Timings]:
+        timings = Timings()
+        try:
+            yield timings
+        finally:
+            for stage, seconds in vars(timings).items():
+                self._counters[f"seconds_{stage}"] += seconds
+
+    @contextmanager
+    def _guarded(self, lane: Lane, jobs: Sequence[Job] = ()) -> Iterator[None]:
+        """Whatever goes wrong with a batch ends all of its answers; the thread lives on."""
+        try:
+            yield
+        except Exception as error:
+            for job in (*jobs, *(answer.job for answer in lane.answers)):
+                job.send(error)
+            lane.clear()

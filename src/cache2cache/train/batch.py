@@ -1,0 +1,184 @@
+"""What moves through a training run: an example, its tokens, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache2cache import inputs
+from cache2cache.inputs import Inputs, Row, SharerInputs
+from cache2cache.models import kv
+from cache2cache.pipeline import C2C, pad_id
+from cache2cache.types import Message
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training row as text."""
+
+    messages: list[Message]
+    """The prompt."""
+    response: str
+    asked: str
+    """What must not be an evaluation question: a question without its options, or a prompt's last message."""
+    place: str
+    """Where it lies, for messages to people: "arc_easy/train.jsonl.zst, line 12"."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The sharer's next-token distributions over tokens that both models have, along a response of T receiver tokens."""
+
+    ids: torch.Tensor
+    """(T, K) receiver token ids, the likeliest first."""
+    logprobs: torch.Tensor
+    """(T, K) float32, normalised over the K tokens; −inf where fewer than K are shared, and in all of a row whose position
+    is no token boundary of the sharer's."""
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One training row as tokens."""
+
+    row: Row
+    """The prompt on both sides, with one sharer."""
+    response: np.ndarray
+    """(T,) the receiver's tokens, with the end of its turn."""
+    text: str
+    """The response as text, without the end of the turn."""
+
+    @property
+    def first_stop(self) -> int:
+        """Receiver positions that are read before anything is fused."""
+        due = self.row.sharers[0].due  # type: ignore[union-attr]
+        return int(due[due > 0].min()) if due.any() else len(self.row.ids) - 1
+
+    @property
+    def heard(self) -> np.ndarray:
+        """(P,) the receiver's positions that are fused, in order."""
+        return np.flatnonzero(self.row.sharers[0].due)  # type: ignore[union-attr]
+
+    @property
+    def heard_at(self) -> np.ndarray:
+        """(P,) the sharer's positions that those are aligned to."""
+        return self.row.sharers[0].alignment[self.heard]  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One training row with whatever was computed ahead."""
+
+    row: TrainRow
+    own: torch.Tensor | None = None
+    """(2, L_r, H_r, first_stop, D_r) the receiver's cache up to where it is first fused."""
+    theirs: torch.Tensor | None = None
+    """(2, U, H_s, P, D_s) the sharer's cache at `heard_at`, of the U layers that are mapped, in ascending order."""
+    teacher: Teacher | None = None
+
+
+class Collator:
+    """Items → one batch of tensors: prompts padded on the left, responses on the right.
+
+    Keys, with W the columns from the first that is fused in any row to the prompt's last but one:
+
+    - ids, mask (B, N); sharer_ids, sharer_mask (B, M); alignment, due (B, N): as in `inputs.Inputs`.
+    - response (B, T): the response, padded with 0. labels (B, T): the same, padded with −100.
+    - own (2, L_r, B, H_r, S, D_r), theirs (2, U, B, H_s, W, D_s): as in `Item`, the latter for the columns N − 1 − W to N − 2
+      and zero where nothing is fused. S is the first column at which a row is fused. Absent unless they were computed ahead.
+    - their_positions (B, W): position ids of the sharer's keys.
+    - teacher_ids, teacher_logprobs (B, T, K): absent without teachers.
+    """
+
+    def __init__(self, pair: C2C):
+        self._pads = pad_id(pair.receiver), [pad_id(lm) for lm in pair.sharers]
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        rows = [item.row for item in items]
+        prepared = inputs.collate([row.row for row in rows], *self._pads)
+        (part,) = prepared.sharers
+        assert part is not None, "every training row has a sharer"
+        response, labels = _responses(rows)
+        width = grid_width(part.due)
+        batch = {
+            "ids": prepared.ids, "mask": prepared.mask, "sharer_ids": part.ids, "sharer_mask": part.mask,
+            "alignment": part.alignment, "due": part.due, "response": response, "labels": labels,
+            "their_positions": kv.position_ids(part.mask).gather(1, grid(part.alignment, width)),
+        }  # fmt: skip
+        if items[0].own is not None and items[0].theirs is not None:
+            batch |= {"own": _own(items, prepared, part), "theirs": _theirs(items, part, width)}
+        if items[0].teacher is not None:
+            batch |= _teachers(items, response.shape[1])
+        return batch
+
+
+def as_inputs(batch: dict[str, Any]) -> Inputs:
+    """The request path's view of a batch."""
+    part = SharerInputs(batch["sharer_ids"], batch["sharer_mask"], batch["alignment"], batch["due"])
+    return Inputs(batch["ids"], batch["mask"], (part,))
+
+
+def grid_width(due: torch.Tensor) -> int:
+    """W, from `due` (B, N)."""
+    fused = due.any(0).nonzero()
+    return due.shape[1] - 1 - int(fused[0]) if len(fused) else 0
+
+
+def grid(columns: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, N) → (B, W), the columns N − 1 − W to N − 2."""
+    return columns[:, columns.shape[1] - 1 - width : columns.shape[1] - 1]
+
+
+def first_stop(due: torch.Tensor) -> int:
+    """S, from `due` (B, N): the column up to which the receiver reads before anything is fused."""
+    fused = due[due > 0]
+    return int(fused.min()) if len(fused) else due.shape[1] - 1
+
+
+def _responses(rows: Sequence[TrainRow]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row.response) for row in rows)
+    response = torch.zeros((len(rows), width), dtype=torch.long)
+    labels = torch.full_like(response, -100)
+    for b, row in enumerate(rows):
+        response[b, : len(row.response)] = labels[b, : len(row.response)] = torch.as_tensor(row.response)
+    return response, labels
+
+
+def _own(items: Sequence[Item], prepared: Inputs, part: SharerInputs) -> torch.Tensor:
+    """Left-padded to N columns, and cut off at S: what is fused first in one row may be read later in another."""
+    stop = first_stop(part.due)
+    first = items[0].own
+    assert first is not None
+    out = first.new_zeros((*first.shape[:2], len(items), first.shape[2], stop, first.shape[4]))
+    for b, item in enumerate(items):
+        assert item.own is not None
+        left = prepared.ids.shape[1] - len(item.row.row.ids)
+        if stop > left:
+            out[:, :, b, :, left:] = item.own[:, :, :, : stop - left]
+    return out
+
+
+def _theirs(items: Sequence[Item], part: SharerInputs, width: int) -> torch.Tensor:
+    first = items[0].theirs
+    assert first is not None
+    out = first.new_zeros((*first.shape[:2], len(items), first.shape[2], width, first.shape[4]))
+    fused = grid(part.due, width) > 0
+    for b, item in enumerate(items):
+        assert item.theirs is not None
+        out[:, :, b, :, fused[b]] = item.theirs
+    return out
+
+
+def _teachers(items: Sequence[Item], width: int) -> dict[str, torch.Tensor]:
+    first = items[0].teacher
+    assert first is not None
+    ids = torch.zeros((len(items), width, first.ids.shape[1]), dtype=torch.long)
+    logprobs = torch.full(ids.shape, -torch.inf)
+    for b, item in enumerate(items):
+        assert item.teacher is not None
+        size = len(item.teacher.ids)
+        ids[b, :size], logprobs[b, :size] = item.teacher.ids, item.teacher.logprobs
+    return {"teacher_ids": ids, "teacher_logprobs": logprobs}

@@ -1,0 +1,55 @@
+"""What a training row may look like: multiple choice, or a chat. From a row to examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from cache2cache.errors import ConversationError, DataError
+from cache2cache.evaluate.tasks.own import OwnChoice
+from cache2cache.text.chat import check
+from cache2cache.train.batch import Example
+from cache2cache.types import Message
+
+Turns = Literal["last", "every"]
+
+_CHOICE = OwnChoice("training", "Training rows", "your own data", sources={})
+
+
+def examples_of(row: Mapping[str, Any], place: str, turns: Turns) -> list[Example]:
+    """The examples in a row: one, one for each answer of a chat, or none of a question that MMLU-Redux marks as wrong.
+
+    Args:
+        place: as in `Example`; with every turn it also gets the number of the message.
+        turns: whether a chat's last answer is trained on, or every one.
+
+    Raises:
+        DataError, ConversationError: the row has another form.
+    """
+    if row.get("messages") is not None:
+        return _chat(row["messages"], place, turns)
+    if row.get("choices") is None:
+        allowed = "question + choices + answer, or messages"
+        raise DataError("a row of no known form", got=", ".join(row) or "an empty row", allowed=allowed)
+    if row.get("error_type", "ok") != "ok":
+        return []
+    item = _CHOICE.item({"id": place} | {key: row.get(key) for key in ("question", "choices", "answer")})
+    return [Example(list(item.messages), item.target, item.topic, place)]
+
+
+def _chat(messages: Any, place: str, turns: Turns) -> list[Example]:
+    check(messages)
+    said = [Message(role=message["role"], content=message["content"]) for message in messages]
+    if said[-1]["role"] != "assistant":
+        raise ConversationError("a chat does not end with an answer", got=said[-1]["role"], allowed="assistant")
+    answers = [at for at, message in enumerate(said) if message["role"] == "assistant"]
+    examples = []
+    for at in answers if turns == "every" else answers[-1:]:
+        if at == 0 or said[at - 1]["role"] != "user":
+            before = said[at - 1]["role"] if at else "nothing"
+            raise ConversationError(f"message {at}, an answer, does not follow a question", got=before, allowed="user")
+        if not said[at]["content"].strip():
+            raise ConversationError(f"message {at}, an answer, is empty")
+        where = f"{place}, message {at}" if turns == "every" else place
+        examples.append(Example(said[:at], said[at]["content"], said[at - 1]["content"], where))
+    return examples

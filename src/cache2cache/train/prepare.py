@@ -1,0 +1,113 @@
+"""What a run is made of before anything is trained: the pair with a fresh fuser, and the rows as tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from pydantic import ValidationError
+from rich.console import Console
+from transformers import set_seed
+
+from cache2cache.errors import DataError, RecipeError
+from cache2cache.fuser.base import Fuser, FuserConfig
+from cache2cache.fuser.layer_map import LAYER_MAPS
+from cache2cache.fuser.strict import in_words
+from cache2cache.models.load import LanguageModel, load
+from cache2cache.pipeline import C2C
+from cache2cache.train import sources
+from cache2cache.train.arguments import device_of
+from cache2cache.train.batch import TrainRow
+from cache2cache.train.config import Machine, Recipe
+from cache2cache.train.contamination import Contamination, Dropped, read_held_out
+from cache2cache.train.rows import train_rows
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe's rows as tokens."""
+
+    train: list[TrainRow]
+    """None of a stream."""
+    validation: list[TrainRow]
+    dropped: list[Dropped]
+    """Training rows that give an evaluation away, and rows that are too long."""
+    avoid: Contamination = field(repr=False)
+    """What keeps a stream's rows away from the evaluation."""
+
+
+def load_pair(recipe: Recipe, machine: Machine) -> C2C:
+    """Both models and a fresh fuser. A receiver that is its own sharer is loaded once.
+
+    Raises:
+        RecipeError: a layer map or gates that do not fit the models.
+        ModelError, UnknownModelError, DownloadError: see `models.load.load`.
+    """
+    device = device_of(machine)
+    theirs = torch.device(machine.sharer_device) if machine.sharer_device else device
+    options: dict[str, Any] = {"dtype": recipe.dtype, "trust_remote_code": machine.trust_remote_code}
+    receiver = load(recipe.receiver, device=device, **options)
+    alone = recipe.sharer == recipe.receiver and theirs == device
+    sharer = receiver if alone else load(recipe.sharer, device=theirs, **options)
+    config = new_config(recipe, receiver, sharer)
+    set_seed(recipe.seed)
+    return C2C(receiver, [sharer], [Fuser.from_config(config)])
+
+
+def new_config(recipe: Recipe, receiver: LanguageModel, sharer: LanguageModel) -> FuserConfig:
+    """The config of the fuser that a recipe describes, for this pair.
+
+    Raises:
+        RecipeError: a layer map or gates that do not fit the models.
+    """
+    part = recipe.fuser
+    layer_map = part.layer_map
+    if isinstance(layer_map, str):
+        layer_map = LAYER_MAPS[layer_map](receiver.card.geometry.layers, sharer.card.geometry.layers)
+    try:
+        return FuserConfig(
+            receiver=receiver.card, sharer=sharer.card, layer_map=layer_map, **part.model_dump(exclude={"layer_map"})
+        )
+    except ValidationError as error:
+        raise RecipeError("the fuser does not fit the pair", got=in_words(error)) from error
+
+
+def prepare_rows(recipe: Recipe, pair: C2C, machine: Machine) -> Prepared:
+    """Read a recipe's rows, leave out those that give an evaluation away, and tokenise the others.
+
+    Validation rows count as evaluation too. Rows of a stream are left to be read later.
+
+    Raises:
+        DataError, RecipeError, DownloadError, MissingExtraError: see `sources.read`.
+        ContextLengthError: see `rows.train_rows`.
+    """
+    data = recipe.data
+    chosen = sources.read(data.validation, machine, seed=recipe.seed, turns=data.turns)
+    avoid = Contamination(read_held_out(data.held_out, machine), chosen)
+    examples = []
+    if not data.stream:
+        examples = sources.read(data.train, machine, seed=recipe.seed, turns=data.turns, keep=avoid.keep)
+    train, long_train = train_rows(examples, pair, max_tokens=data.max_tokens)
+    validation, long_validation = train_rows(chosen, pair, max_tokens=data.max_tokens)
+    prepared = Prepared(train, validation, [*avoid.dropped, *long_train, *long_validation], avoid)
+    if not validation or not (train or data.stream):
+        raise DataError("no row is left to train or to validate on", got=f"dropped: {_counted(prepared.dropped)}")
+    _say(_told(recipe, prepared))
+    return prepared
+
+
+def _told(recipe: Recipe, prepared: Prepared) -> str:
+    train = "a stream of" if recipe.data.stream else len(prepared.train)
+    return f"{train} training rows, {len(prepared.validation)} for validation; dropped: {_counted(prepared.dropped)}"
+
+
+def _counted(dropped: list[Dropped]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in Counter(row.reason for row in dropped).items()) or "none"
+
+
+def _say(line: str) -> None:
+    if PartialState().is_main_process:
+        Console(stderr=True).print(line, markup=False, highlight=False)

@@ -1,0 +1,134 @@
+"""From examples to tokens: rendering, aligning, and shortening prompts so that the response is kept whole."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from cache2cache.errors import C2CError, ContextLengthError, ModelError
+from cache2cache.evaluate.scoring import target_ids
+from cache2cache.models.load import LanguageModel
+from cache2cache.pipeline import C2C
+from cache2cache.train.batch import Example, TrainRow
+from cache2cache.train.contamination import Dropped
+from cache2cache.types import Message
+
+# What a prompt loses at a time. Text without spaces, such as Chinese, is cut into pieces.
+_WORD = re.compile(r"\S{1,32}")
+
+_SHORTEN = "Set data.max_tokens to shorten long prompts"
+
+
+def train_rows(
+    examples: Iterable[Example], pair: C2C, *, max_tokens: int | None = None
+) -> tuple[list[TrainRow], list[Dropped]]:
+    """Examples as both models read them, and those that cannot be trained on.
+
+    Args:
+        max_tokens: longest prompt and response together, on either side. While a row is longer than this, or than a model's
+            context, its longest message loses its first word; templates stay whole, and every message keeps a word.
+            A row that does not fit even so is dropped. None shortens nothing.
+
+    Raises:
+        ContextLengthError: without `max_tokens`, a row that is longer than a model's context.
+        ConversationError, TemplateError, AlignmentError: a row that a model cannot read. All name the row.
+        ModelError: the receiver has no token that ends its turn.
+    """
+    rows, dropped = [], []
+    for example in examples:
+        try:
+            row = _fitted(example, pair, max_tokens)
+        except C2CError as error:
+            hint = _SHORTEN if isinstance(error, ContextLengthError) else error.hint
+            raise type(error)(
+                f"{example.place}: {error.what}", got=error.got, allowed=error.allowed, hint=hint
+            ) from error
+        if row is None:
+            dropped.append(Dropped(example.place, "too long"))
+        else:
+            rows.append(row)
+    return rows, dropped
+
+
+def _fitted(example: Example, pair: C2C, max_tokens: int | None) -> TrainRow | None:
+    if max_tokens is None:
+        row = _row(example.messages, example.response, pair)
+        _check(row, pair)
+        return row
+
+    def fitting(words: int) -> TrainRow | None:
+        try:
+            row = _row(shortened(example.messages, words), example.response, pair)
+            _check(row, pair)
+        except ContextLengthError:
+            return None
+        return row if max(_lengths(row, pair)) <= max_tokens else None
+
+    most = sum(len(_WORD.findall(message["content"])) for message in example.messages)
+    least = sum(bool(message["content"].strip()) for message in example.messages)
+    if whole := fitting(most):
+        return whole
+    best = fitting(least)
+    while best and most - least > 1:  # `least` words fit, `most` do not
+        middle = (least + most) // 2
+        if longer := fitting(middle):
+            best, least = longer, middle
+        else:
+            most = middle
+    return best
+
+
+def shortened(messages: Sequence[Message], words: int) -> list[Message]:
+    """The messages with so many words in all: while there are more, the longest message loses its first one.
+
+    Of messages of one length the earliest loses first.
+    """
+    starts = [[word.start() for word in _WORD.finditer(message["content"])] for message in messages]
+    counts = [len(found) for found in starts]
+    # Each message keeps at most `level` words, and the last of those that have more keep one more until the sum is right.
+    level = bisect.bisect_right(range(max(counts) + 1), words, key=lambda n: sum(min(n, c) for c in counts)) - 1
+    kept = [min(level, count) for count in counts]
+    more = [at for at, count in enumerate(counts) if count > level]
+    for at in more[len(more) - (words - sum(kept)) :]:
+        kept[at] += 1
+    return [
+        message
+        if keep == len(found)
+        else Message(role=message["role"], content=message["content"][found[-keep] :] if keep else "")
+        for message, found, keep in zip(messages, starts, kept, strict=True)
+    ]
+
+
+def _row(messages: Sequence[Message], response: str, pair: C2C) -> TrainRow:
+    (row,) = pair.rows([messages])
+    end = pair.receiver.tokenizer.eos_token_id
+    if end is None:
+        raise ModelError(f"{pair.receiver.card.id} has no token that ends its turn", hint="Set tokenizer.eos_token")
+    ids = _answer(pair.receiver, row.ids, response)
+    return TrainRow(row, np.array([*ids, end], dtype=np.int64), response)
+
+
+def _answer(lm: LanguageModel, prompt: np.ndarray, response: str) -> list[int]:
+    return target_ids(lm, torch.as_tensor(prompt[-1:]), response)
+
+
+def _lengths(row: TrainRow, pair: C2C) -> tuple[int, int]:
+    """Tokens of prompt and response with the end of the turn, of receiver and sharer."""
+    (sharer,), (part,) = pair.sharers, row.row.sharers
+    assert part is not None, "every training row has a sharer"
+    return len(row.row.ids) + len(row.response), len(part.ids) + len(_answer(sharer, part.ids, row.text)) + 1
+
+
+def _check(row: TrainRow, pair: C2C) -> None:
+    for lm, length in zip((pair.receiver, *pair.sharers), _lengths(row, pair), strict=True):
+        longest = lm.card.geometry.max_positions
+        if longest is not None and length > longest:
+            raise ContextLengthError(
+                f"prompt and response do not fit into the context of {lm.card.id}",
+                got=f"{length} tokens",
+                allowed=longest,
+            )

@@ -1,0 +1,198 @@
+"""Reading what a recipe names: rows of files, hub data sets and evaluation tasks, as examples.
+
+Knows nothing of models or tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cache2cache.errors import C2CError, DataError, MissingExtraError, RecipeError
+from cache2cache.evaluate import tasks
+from cache2cache.evaluate.tasks.files import rows_of
+from cache2cache.evaluate.tasks.hub import open_rows
+from cache2cache.train.batch import Example
+from cache2cache.train.config import Machine, Source
+from cache2cache.train.forms import Turns, examples_of
+
+Keep = Callable[[Example], bool]
+
+ENDINGS = (".jsonl", ".jsonl.zst", ".parquet")
+"""Files that can be read."""
+
+
+def read(
+    sources: Sequence[Source], machine: Machine, *, seed: int, turns: Turns, keep: Keep | None = None
+) -> list[Example]:
+    """Rows of all sources: the samples one after the other or, with weights, mixed.
+
+    Every row is checked, those too that a sample leaves out. With weights, rows are drawn from the samples in these
+    proportions until one of them is used up.
+
+    Args:
+        seed: of samples and mixture.
+        keep: which rows may be chosen, such as `Contamination.keep`; a limit counts those.
+
+    Raises:
+        DataError: no such file, a row of another form, or fewer rows than a limit asks for.
+        RecipeError: a source without a weight beside one that has one.
+        DownloadError, MissingExtraError: of hub data sets; see `evaluate.tasks.hub.open_rows`.
+    """
+    weights = _weights(sources)
+    samples = []
+    for source in sources:
+        every = list(_examples(source, machine, turns, seed))
+        rows = every if keep is None else [row for row in every if keep(row)]
+        if len(rows) < (source.limit or 1):
+            got = f"{len(rows)}, and {len(every) - len(rows)} that are kept out"
+            raise DataError(f"{source.name} has too few rows", got=got, allowed=f"at least {source.limit or 1}")
+        samples.append(rows if source.limit is None else random.Random(seed).sample(rows, source.limit))
+    if weights is None:
+        return [row for sample in samples for row in sample]
+    return list(_mixed([iter(sample) for sample in samples], weights, random.Random(seed)))
+
+
+class Stream(Iterable[Example]):
+    """Rows that are read while they are needed, never held. Each pass has an order of its own, drawn by seed and pass."""
+
+    def __init__(self, one_pass: Callable[[int], Iterator[Example]]):
+        self._one_pass, self._epoch = one_pass, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next pass be the one with this number, counted from 0; without it, they follow one another."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[Example]:
+        self._epoch += 1
+        return self._one_pass(self._epoch - 1)
+
+
+def stream(
+    sources: Sequence[Source], machine: Machine, *, seed: int, turns: Turns, buffer: int, keep: Keep | None = None
+) -> Stream:
+    """As `read`, but rows are read as they come, mixed and shuffled.
+
+    A limit takes a source's first rows. Without weights each row comes once per pass, from sources drawn evenly.
+
+    Args:
+        buffer: rows among which the next is drawn.
+
+    Raises:
+        RecipeError: see `read`. What is wrong with rows is raised when they come: see there, too.
+    """
+    weights = _weights(sources)
+
+    def kept(source: Source) -> Iterator[Example]:
+        found, taken = False, 0
+        for row in _examples(source, machine, turns, seed, streaming=True):
+            if keep is None or keep(row):
+                found, taken = True, taken + 1
+                yield row
+            if taken == source.limit:
+                return
+        if not found:
+            raise DataError(f"{source.name} has no rows to train on")
+
+    def one_pass(epoch: int) -> Iterator[Example]:
+        draw = random.Random(f"{seed}, pass {epoch}")
+        return _shuffled(_mixed([kept(source) for source in sources], weights, draw), buffer, draw)
+
+    return Stream(one_pass)
+
+
+def raw_rows(source: Source, machine: Machine, *, streaming: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and row, for each row of a file or a hub data set, unchecked.
+
+    Args:
+        streaming: fetch a hub data set while it is read, and not before.
+
+    Raises:
+        DataError: no such file, another kind of file, or a damaged one.
+        DownloadError, MissingExtraError: see `read`.
+    """
+    if source.path is None:
+        assert source.hub is not None, "a task has items, not rows"
+        opened = open_rows(source.hub, source.subset, source.split, source.revision, streaming=streaming)
+        yield from ((f"{source.name}, row {number}", row) for number, row in opened)
+        return
+    path = machine.data_dir / source.path
+    if not source.path.endswith(ENDINGS):
+        raise DataError("a data file of an unknown kind", got=path, allowed=f"names that end in {', '.join(ENDINGS)}")
+    unit, rows = ("row", _parquet(path)) if path.suffix == ".parquet" else ("line", rows_of(path))
+    yield from ((f"{source.path}, {unit} {number}", row) for number, row in rows)
+
+
+def task_folder(machine: Machine) -> Path | None:
+    """Where the rows of tasks lie; without a data folder they come from the hub, as in an evaluation."""
+    return None if machine.data_dir == Path() else machine.data_dir
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.is_file():
+        raise DataError("no such data file", got=path)
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("reading .parquet needs datasets", hint="pip install 'cache2cache[train]'") from error
+    try:
+        # Streaming reads the file itself; otherwise datasets copies it into a cache folder first.
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from ((number, dict(row)) for number, row in enumerate(rows, 1))
+    except Exception as error:  # pyarrow's, wrapped differently by each release of datasets
+        raise DataError("a data file is damaged", got=f"{path}: {type(error).__name__}: {error}") from error
+
+
+def _examples(
+    source: Source, machine: Machine, turns: Turns, seed: int, *, streaming: bool = False
+) -> Iterator[Example]:
+    if source.task is not None:
+        task = tasks.get(source.task)
+        for item in tasks.load(task, split="train", data_dir=task_folder(machine), seed=seed).items:
+            yield Example(list(item.messages), item.target, item.topic, f"{task.name}, row {item.id}")
+        return
+    for place, row in raw_rows(source, machine, streaming=streaming):
+        try:
+            yield from examples_of(row, place, turns)
+        except C2CError as error:
+            raise DataError(f"{place}: {error.what}", got=error.got, allowed=error.allowed, hint=error.hint) from error
+
+
+def _weights(sources: Sequence[Source]) -> list[float] | None:
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights and len(weights) < len(sources):
+        without = ", ".join(source.name for source in sources if source.weight is None)
+        raise RecipeError(
+            "some sources have a weight and others none", got=f"none for {without}", allowed="all or none"
+        )
+    return weights or None
+
+
+def _mixed(
+    parts: Sequence[Iterator[Example]], weights: Sequence[float] | None, draw: random.Random
+) -> Iterator[Example]:
+    """Rows drawn from parts by weight until one is used up; without weights evenly, until all are.
+
+    With weights the same process as `datasets.interleave_datasets(…, probabilities, stopping_strategy="first_exhausted")`.
+    """
+    ahead = [next(part, None) for part in parts]
+    while all(ahead) if weights else any(ahead):
+        (at,) = draw.choices(range(len(parts)), weights or [row is not None for row in ahead])
+        row, ahead[at] = ahead[at], next(parts[at], None)
+        assert row is not None, "a part that is used up is never drawn"
+        yield row
+
+
+def _shuffled(rows: Iterable[Example], buffer: int, draw: random.Random) -> Iterator[Example]:
+    held: list[Example] = []
+    for row in rows:
+        if len(held) < buffer:
+            held.append(row)
+            continue
+        at = draw.randrange(buffer)
+        yield held[at]
+        held[at] = row
+    draw.shuffle(held)
+    yield from held

@@ -1,0 +1,77 @@
+"""Training rows that are read while they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+
+import torch
+from torch.utils.data import IterableDataset
+
+from cache2cache.errors import DataError
+from cache2cache.pipeline import C2C
+from cache2cache.train import sources
+from cache2cache.train.batch import Collator, Item
+from cache2cache.train.config import Machine, Recipe
+from cache2cache.train.contamination import Contamination, Dropped
+from cache2cache.train.rows import train_rows
+from cache2cache.train.teacher import teachers
+
+
+class RowStream(IterableDataset[Item]):
+    """Pass after pass over a recipe's training rows, without features, for as long as somebody reads.
+
+    Every iteration begins anew with the first pass, so that a resumed run can skip what it has seen.
+
+    Args:
+        avoid: keeps contaminated rows out.
+    """
+
+    def __init__(self, recipe: Recipe, pair: C2C, machine: Machine, avoid: Contamination):
+        self._recipe, self._pair, self._machine, self._avoid = recipe, pair, machine, avoid
+        self._too_long: dict[str, Dropped] = {}
+
+    @property
+    def dropped(self) -> list[Dropped]:
+        """The rows that were left out so far, each once."""
+        return list(({row.place: row for row in self._avoid.dropped} | self._too_long).values())
+
+    def __iter__(self) -> Iterator[Item]:
+        data = self._recipe.data
+        examples = sources.stream(
+            data.train, self._machine, seed=self._recipe.seed, turns=data.turns, buffer=data.shuffle_buffer,
+            keep=self._avoid.keep,
+        )  # fmt: skip
+        for number in count():
+            examples.set_epoch(number)
+            empty = True
+            for example in examples:
+                rows, too_long = train_rows([example], self._pair, max_tokens=data.max_tokens)
+                self._too_long |= {row.place: row for row in too_long}
+                for row in rows:
+                    empty = False
+                    yield Item(row)
+            if empty:
+                raise DataError("no row of the stream can be trained on", got=f"{len(self.dropped)} dropped rows")
+
+    def first(self, size: int) -> list[Item]:
+        """The first rows; training will see them too."""
+        return list(islice(self, size))
+
+
+class TeachingCollator(Collator):
+    """Asks the sharer for its distributions when a batch is put together.
+
+    Args:
+        top: tokens of a distribution.
+    """
+
+    def __init__(self, pair: C2C, top: int):
+        super().__init__(pair)
+        self._pair, self._top = pair, top
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        """As `Collator`, with teachers."""
+        rows = [item.row for item in items]
+        taught = teachers(rows, self._pair, self._top)
+        return super().__call__([Item(row, teacher=teacher) for row, teacher in zip(rows, taught, strict=True)])

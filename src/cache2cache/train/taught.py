@@ -1,0 +1,123 @@
+"""The sharer's distributions along training responses, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cache2cache.models.filling import fill
+from cache2cache.models.load import weights_fingerprint
+from cache2cache.models.shards import Shards, damaged
+from cache2cache.pipeline import C2C
+from cache2cache.train.batch import Teacher, TrainRow
+from cache2cache.train.teacher import teachers
+
+_FORMULA = 1
+"""Of what `teacher.teachers` computes: to be raised with every change of it, so that nothing stale is used."""
+
+_BATCH_ROWS = 64
+_IDS, _LOGPROBS = ".ids", ".logprobs"
+_ID_DTYPE = torch.int32
+
+
+def taught(rows: Sequence[TrainRow], pair: C2C, folder: Path | None, top: int) -> Sequence[Teacher]:
+    """The sharer's distributions along the response of each row.
+
+    Args:
+        folder: of stores, which may be shared by all runs; what is missing is computed first. None keeps all in memory.
+        top: tokens of a distribution.
+
+    Raises:
+        DataError: see `filling.fill`.
+    """
+    return list(teachers(rows, pair, top)) if folder is None else TeacherStore(rows, pair, folder, top)
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """A record that is wanted, see `filling.Job`."""
+
+    key: str
+    row: TrainRow
+    size: int
+
+    @property
+    def tokens(self) -> int:
+        part = self.row.row.sharers[0]
+        return len(part.ids) + len(self.row.response)  # type: ignore[union-attr]
+
+
+class TeacherStore(Sequence[Teacher]):
+    """Distributions of training rows on disk, (T, K) ids and log-probabilities each.
+
+    They are keyed by what the sharer reads, and lie in a folder named after both tokenizers, the sharer's weights and K.
+
+    Args:
+        rows: computed first where they are missing. With several processes, each computes a part.
+        root: folder of all stores.
+        top: K, tokens of a distribution.
+    """
+
+    def __init__(self, rows: Sequence[TrainRow], pair: C2C, root: str | Path, top: int):
+        (sharer,) = pair.sharers
+        identity = {
+            "sharer": sharer.card.model_dump(mode="json"), "dtype": str(sharer.dtype),
+            "weights": weights_fingerprint(sharer.model), "receiver_tokenizer": pair.receiver.card.tokenizer,
+            "top": top, "formula": _FORMULA,
+        }  # fmt: skip
+        self._shards = Shards(root, f"teacher-{sharer.card.id}", identity, "teacher")
+        self._keys = [_key(row) for row in rows]
+        self._lengths = [len(row.response) for row in rows]
+        self._top = top
+        size = top * (_ID_DTYPE.itemsize + torch.float32.itemsize)  # bytes of one position
+        lessons = {key: _Lesson(key, row, size * len(row.response)) for key, row in zip(self._keys, rows, strict=True)}
+        fill(
+            self._shards,
+            f"distributions of {sharer.card.id}",
+            list(lessons.values()),
+            lambda lesson: bool(self._shards.holders(lesson.key + _IDS)),
+            _batched,
+            lambda batch: _computed(batch, pair, top),
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Of the shards."""
+        return self._shards.folder
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> Teacher:  # type: ignore[override]
+        """Raise DataError if the shard is damaged."""
+        key = self._keys[index]
+        shard = self._shards.holders(key + _IDS)[0]  # the oldest: what others add never changes what a run has read
+        ids, logprobs = shard.read(key + _IDS), shard.read(key + _LOGPROBS)
+        if not ids.shape == logprobs.shape == (self._lengths[index], self._top):
+            raise damaged(shard.path, f"{key} of shapes {tuple(ids.shape)} and {tuple(logprobs.shape)}")
+        return Teacher(ids.long(), logprobs)
+
+
+def _key(row: TrainRow) -> str:
+    part = row.row.sharers[0]
+    read = [part.ids.tolist(), row.response.tolist(), row.text]  # type: ignore[union-attr]
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:24]
+
+
+def _batched(lessons: Sequence[_Lesson]) -> Iterator[Sequence[_Lesson]]:
+    """The longest first. What some batches leave over is split into just the others."""
+    order = sorted(lessons, key=lambda lesson: -lesson.tokens)
+    for start in range(0, len(order), _BATCH_ROWS):
+        yield order[start : start + _BATCH_ROWS]
+
+
+def _computed(lessons: Sequence[_Lesson], pair: C2C, top: int) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for lesson, teacher in zip(lessons, teachers([lesson.row for lesson in lessons], pair, top), strict=True):
+        found |= {lesson.key + _IDS: teacher.ids.to(_ID_DTYPE), lesson.key + _LOGPROBS: teacher.logprobs}
+    return found

@@ -1,0 +1,154 @@
+"""How much work a recipe's rows make: steps and batches, and what the frozen models have to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache2cache.models.load import LanguageModel
+from cache2cache.models.prefills import Ids, PrefillStore, by_length, row_key
+from cache2cache.models.skeleton import head_weight, layer_weights
+from cache2cache.pipeline import C2C
+from cache2cache.train.batch import TrainRow
+from cache2cache.train.config import Recipe
+from cache2cache.train.costs import prefill_cost
+from cache2cache.train.order import Order
+from cache2cache.train.statistics import mapped
+
+Batch = Sequence[TrainRow]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a run does, if it does not stop early."""
+
+    steps: int
+    """Of the optimizer."""
+    passes: int
+    """Forward and backward, one batch each."""
+    validations: int
+    validation_passes: int
+    """Batches of all validations."""
+    typical: Batch
+    """Of the training batches the one that is nearest to their mean size, padding included."""
+    largest: Batch
+
+    @classmethod
+    def of(cls, recipe: Recipe, rows: Sequence[TrainRow], validation_rows: int) -> Schedule:
+        """What a recipe makes of its rows; of a stream, `rows` are the first ones."""
+        optim = recipe.optim
+        batches = _batches(recipe, rows)
+        per_epoch = math.ceil(len(batches) / optim.accumulate)
+        steps = optim.max_steps or math.ceil(optim.epochs * per_epoch)
+        # The last step of an epoch may have fewer batches than the others.
+        passes = steps * optim.accumulate if recipe.data.stream else round(steps * len(batches) / per_epoch)
+        full = [batch for batch in batches if len(batch) == len(batches[0])]
+        mean = sum(map(columns, full)) / len(full)
+        validations = steps // recipe.watch.eval_steps
+        return cls(
+            steps,
+            passes,
+            validations,
+            validations * math.ceil(validation_rows / optim.batch_size),
+            min(full, key=lambda batch: abs(columns(batch) - mean)),
+            max(full, key=columns),
+        )
+
+    def checkpoints(self, keep: int) -> int:
+        """How many lie on the disk in the end: the newest and the best."""
+        return min(keep + 1, self.validations)
+
+
+def _batches(recipe: Recipe, rows: Sequence[TrainRow]) -> list[Batch]:
+    """Of the first epoch, on one process."""
+    optim = recipe.optim
+    lengths = [len(row.row.ids) + len(row.response) for row in rows]
+    order = list(Order(lengths, seed=recipe.seed, group=optim.batch_size * optim.accumulate if optim.bucket else None))
+    starts = range(0, len(order), optim.batch_size)
+    return [[rows[i] for i in order[start : start + optim.batch_size]] for start in starts]
+
+
+def columns(batch: Batch) -> int:
+    """Columns of a batch's tensors that the receiver or the fuser computes something of, padding included."""
+    prompts = max(len(row.row.ids) for row in batch)
+    heard = max((int(len(row.row.ids) - row.heard[0]) for row in batch if len(row.heard)), default=0)
+    return prompts + heard + max(len(row.response) for row in batch)
+
+
+def heard_by(row: TrainRow) -> np.ndarray:
+    """(M,) what the sharer reads of a row."""
+    return row.row.sharers[0].ids  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What frozen models have to do."""
+
+    seconds: float = 0.0
+    memory: float = 0.0
+    """Bytes at the fullest moment, beyond the models."""
+    disk: float = 0.0
+    """Bytes to be stored."""
+
+    def __add__(self, other: Reading) -> Reading:
+        """One after the other."""
+        return Reading(self.seconds + other.seconds, max(self.memory, other.memory), self.disk + other.disk)
+
+
+Devices = tuple[torch.device, torch.device]
+"""The receiver's and the sharer's."""
+
+
+def stored(pair: C2C, rows: Sequence[TrainRow], folder: Path, devices: Devices) -> Reading:
+    """Of the features that are not in `folder` yet."""
+    (sharer,), layers = pair.sharers, mapped(pair)
+    own = {row_key(prompt): prompt for prompt in (row.row.ids[: row.first_stop] for row in rows)}
+    store = PrefillStore(folder, pair.receiver.card, pair.receiver.dtype)
+    own = [prompt for prompt in own.values() if not store.holds(prompt)]
+    result = _read(pair.receiver, own, devices[0], store.bytes_for(sum(map(len, own))))
+    store = PrefillStore(folder, sharer.card, sharer.dtype)
+    theirs = {row_key(heard_by(row)): row for row in rows}
+    lacking = [row for row in theirs.values() if not store.holds(heard_by(row), row.heard_at, layers)]
+    positions = sum(len(np.unique(row.heard_at)) for row in lacking)
+    return result + _read(sharer, [*map(heard_by, lacking)], devices[1], store.bytes_for(positions, len(layers)))
+
+
+def live(pair: C2C, batch: Batch, devices: Devices) -> Reading:
+    """Of one batch whose prefills are computed when they are needed."""
+    lengths = max(row.first_stop for row in batch), max(len(heard_by(row)) for row in batch)
+    found = zip((pair.receiver, *pair.sharers), lengths, devices, strict=True)
+    return sum((Reading(*prefill_cost(lm, len(batch), n, device)) for lm, n, device in found), Reading())
+
+
+def teaching(pair: C2C, rows: Sequence[TrainRow], top: int, device: torch.device, *, keep: bool) -> Reading:
+    """Of the sharer's distributions along the responses, all of them.
+
+    The sharer reads the responses too, and its output head takes as long for a token as layers with as many weights.
+
+    Args:
+        top: tokens of a distribution.
+        keep: whether they are stored.
+    """
+    (sharer,) = pair.sharers
+    tokens = sum(len(row.response) for row in rows)
+    read = [np.concatenate([heard_by(row), row.response]) for row in rows]
+    reading = _read(sharer, read, device, tokens * top * 8.0 if keep else 0.0)
+    layers = sum(weight.numel() for weight in layer_weights(sharer))
+    head = head_weight(sharer).numel() / layers * tokens / sum(map(len, read))
+    return Reading(reading.seconds * (1 + head), reading.memory, reading.disk)
+
+
+def _read(lm: LanguageModel, prompts: Sequence[Ids], device: torch.device, disk: float) -> Reading:
+    """Of prefills in batches of about equal length, as `PrefillStore.compute` makes them."""
+    if not prompts:
+        return Reading()
+    batches = list(by_length(prompts, 1024 if device.type == "cpu" else 8192))
+    padded = [len(batch) * len(prompts[batch[0]]) for batch in batches]
+    middle = batches[int(np.searchsorted(np.cumsum(padded), sum(padded) / 2))]
+    seconds, memory = prefill_cost(lm, len(middle), len(prompts[middle[0]]), device)
+    return Reading(seconds * sum(padded) / (len(middle) * len(prompts[middle[0]])), memory, disk)

@@ -1,0 +1,130 @@
+"""A run's folder: only whole checkpoints count, whatever a killed process left behind, and a folder serves one recipe."""
+
+import json
+import shutil
+
+import pytest
+
+from cache2cache.errors import TrainingError
+from cache2cache.train import checkpoints
+from cache2cache.train.checkpoints import Checkpoint, complete, folder_of, held, last_complete, prune
+
+
+def save(output, step: int, *, whole: bool = True, max_steps: int = 100, stop: bool = False, best: int | None = None):
+    folder = folder_of(output, step)
+    folder.mkdir(parents=True)
+    control = {"args": {"should_training_stop": stop}}
+    state = {"global_step": step, "max_steps": max_steps, "best_global_step": best}
+    state["stateful_callbacks"] = {"TrainerControl": control}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    if whole:
+        complete(folder, 2)
+    return folder
+
+
+def test_the_last_whole_checkpoint_counts_by_its_step(tmp_path):
+    assert last_complete(tmp_path) is None
+    for step in (8, 24, 100):
+        save(tmp_path, step)
+    save(tmp_path, 108, whole=False)
+    (tmp_path / "checkpoint-best").mkdir()
+    found = last_complete(tmp_path)
+    assert found is not None and found.step == 100 and found.processes == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "stop", "ended"), [(99, False, False), (100, False, True), (40, True, True), (40, False, False)]
+)
+def test_a_run_has_ended_at_its_last_step_or_when_it_was_stopped(tmp_path, step, stop, ended):
+    assert Checkpoint(save(tmp_path, step, stop=stop)).ended == ended
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [(1, None, [40]), (2, None, [30, 40]), (1, 20, [20, 40]), (2, 40, [30, 40]), (9, 10, [10, 20, 30, 40])],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, keep, best, left):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+    prune(tmp_path, keep, best)
+    assert sorted(int(x.name.removeprefix("checkpoint-")) for x in tmp_path.iterdir()) == left
+
+
+def test_a_checkpoint_that_is_being_deleted_is_no_longer_whole(tmp_path, monkeypatch):
+    for step in (8, 16):
+        save(tmp_path, step)
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path, 1, None)
+    assert not (folder_of(tmp_path, 8) / "complete.json").exists()
+
+
+def test_what_a_killed_process_left_behind_is_removed(tmp_path, recipe):
+    with held(tmp_path / "out", recipe(), resume=False):
+        pass
+    whole = save(tmp_path / "out", 8)
+    save(tmp_path / "out", 16, whole=False)
+    (tmp_path / "out" / ".fuser.partial-x1").mkdir()
+    with held(tmp_path / "out", recipe(), resume=True):
+        folders = [x for x in (tmp_path / "out").iterdir() if x.is_dir()]
+    assert folders == [whole]
+
+
+def test_a_folder_with_a_run_is_refused_unless_it_goes_on(tmp_path, recipe):
+    with held(tmp_path, recipe(), resume=False):
+        pass
+    with pytest.raises(TrainingError, match="holds a run; got .*--resume"), held(tmp_path, recipe(), resume=False):
+        pass
+    with held(tmp_path, recipe(), resume=True):
+        pass
+
+
+def test_another_recipe_is_refused_and_its_differences_named(tmp_path, recipe):
+    with held(tmp_path, recipe(), resume=False):
+        pass
+    other = recipe(optim={"learning_rate": 0.5}, seed=7)
+    with pytest.raises(TrainingError) as error, held(tmp_path, other, resume=True):
+        pass
+    assert "optim.learning_rate was 0.01, is 0.5" in str(error.value) and "seed was 0, is 7" in str(error.value)
+    with held(tmp_path, recipe(), resume=True):  # and the folder still belongs to the first
+        pass
+
+
+def test_a_run_begins_with_resume_too(tmp_path, recipe):
+    with held(tmp_path / "out", recipe(), resume=True):
+        assert json.loads((tmp_path / "out" / "recipe.json").read_text())["receiver"] == "tiny-receiver"
+
+
+@pytest.mark.parametrize("left", ["checkpoint-8", "fuser"])
+def test_results_without_a_recipe_are_not_written_over(tmp_path, recipe, left):
+    (tmp_path / left).mkdir()
+    with pytest.raises(TrainingError, match=f"{left} but no recipe.json"), held(tmp_path, recipe(), resume=True):
+        pass
+
+
+def test_a_damaged_recipe_is_named(tmp_path, recipe):
+    (tmp_path / checkpoints.RECIPE).write_text("{")
+    with pytest.raises(TrainingError, match="recipe.json is damaged"), held(tmp_path, recipe(), resume=True):
+        pass
+
+
+def test_a_folder_that_another_process_writes_into_is_refused(tmp_path, recipe):
+    with (
+        held(tmp_path, recipe(), resume=False),
+        pytest.raises(TrainingError, match="another process"),
+        held(tmp_path, recipe(), resume=True),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, recipe):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(TrainingError, match="cannot be written"),
+        held(tmp_path / "file" / "out", recipe(), resume=False),
+    ):
+        pass

@@ -1,0 +1,249 @@
+"""Reading rows: every form, every place they lie in, samples and mixtures that follow their seed, and bad rows named."""
+
+import json
+from collections import Counter
+
+import datasets
+import pytest
+import zstandard
+
+from cache2cache.errors import DataError, DownloadError, RecipeError
+from cache2cache.train.config import Machine, Source
+from cache2cache.train.sources import read, stream
+
+QUESTION = {"question": "Which is a colour?", "choices": ["red", "seven"], "answer": 0}
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "bye"},
+        {"role": "assistant", "content": "so long"},
+    ]
+}
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(data_dir=tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _no_shared_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(folder, name, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path = folder / name
+    if name.endswith(".zst"):
+        path.write_bytes(zstandard.compress(text.encode()))
+    elif name.endswith(".parquet"):
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        path.write_text(text)
+    return Source(path=name)
+
+
+def numbered(count, word="row"):
+    return [QUESTION | {"question": f"{word} {i}?"} for i in range(count)]
+
+
+def asked(examples):
+    return [example.asked for example in examples]
+
+
+def one(source, machine, turns="last"):
+    return read([source], machine, seed=0, turns=turns)
+
+
+@pytest.mark.parametrize(("name", "place"), [("a.jsonl", "line 2"), ("a.jsonl.zst", "line 2"), ("a.parquet", "row 2")])
+def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path, machine, name, place):
+    source = write(tmp_path, name, [QUESTION, QUESTION | {"question": "And a number?", "answer": 1}])
+    first, second = one(source, machine)
+    assert first.messages[-1]["content"] == "Question: Which is a colour?\nA. red\nB. seven\nAnswer with the letter."
+    assert (second.asked, second.response, second.place) == ("And a number?", "B", f"{name}, {place}")
+
+
+def test_chats_in_parquet_are_read_too(tmp_path, machine):
+    (example,) = one(write(tmp_path, "chats.parquet", [CHAT]), machine)
+    assert (example.messages, example.response) == (CHAT["messages"][:-1], "so long")
+
+
+def test_a_chat_is_one_example_or_one_for_each_answer(tmp_path, machine):
+    source = write(tmp_path, "chats.jsonl", [CHAT])
+    (last,) = one(source, machine)
+    assert (last.messages, last.response, last.asked) == (CHAT["messages"][:4], "so long", "bye")
+    first, second = one(source, machine, turns="every")
+    assert (first.messages, first.response, first.asked) == (CHAT["messages"][:2], "hello", "hi")
+    assert (second.messages, second.response) == (last.messages, last.response)
+    assert (first.place, second.place) == ("chats.jsonl, line 1, message 2", "chats.jsonl, line 1, message 4")
+
+
+def test_questions_marked_as_wrong_are_not_learned(tmp_path, machine):
+    source = write(tmp_path, "a.jsonl", [QUESTION | {"error_type": "wrong_groundtruth"}, *numbered(1)])
+    assert asked(one(source, machine)) == ["row 0?"]
+
+
+def test_a_tasks_training_rows_are_asked_as_the_evaluation_asks_them(tmp_path, machine):
+    (tmp_path / "squad").mkdir()
+    row = {"title": "t", "context": "The sky is blue.", "question": "What colour?", "answers": ["blue", "Blue"]}
+    write(tmp_path, "squad/train.jsonl", [{"id": "x", **row}])
+    (example,) = one(Source(task="squad"), machine)
+    assert example.messages[0]["content"].startswith("Context: The sky is blue.")
+    assert (example.response, example.asked, example.place) == ("blue", "What colour?", "squad, row x")
+
+
+def test_hub_data_sets_are_asked_for_as_the_recipe_says(machine, monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return numbered(2)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source(hub="org/set", subset="part", split="train", revision="abc")
+    assert [example.place for example in one(source, machine)] == [f"org/set/part/train, row {i}" for i in (1, 2)]
+    list(stream([source], machine, seed=0, turns="last", buffer=4))
+    asks = {"split": "train", "revision": "abc"}
+    assert calls == [(("org/set", "part"), asks | {"streaming": streaming}) for streaming in (False, True)]
+
+
+@pytest.mark.parametrize(("problem", "expected"), [(ValueError, DataError), (ConnectionError, DownloadError)])
+def test_a_hub_data_set_that_is_not_there_is_named(machine, monkeypatch, problem, expected):
+    def load_dataset(*args, **kwargs):
+        raise problem("no")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(expected, match=r"org/set"):
+        one(Source(hub="org/set"), machine)
+
+
+_ANSWER = {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "free"}, "no known form; got text; allowed: question"),
+        ({}, "an empty row"),
+        (QUESTION | {"answer": 2}, "none of the choices"),
+        (QUESTION | {"choices": ["red"]}, "choices"),
+        ({"choices": ["a", "b"], "answer": 0}, "question"),
+        ({"messages": []}, "conversation is empty"),
+        ({"messages": "hi"}, "list of messages"),
+        ({"messages": CHAT["messages"][:4]}, "does not end with an answer; got user"),
+        ({"messages": [{"role": "human", "content": "hi"}, _ANSWER]}, "unknown role"),
+        ({"messages": [_ANSWER]}, "message 0, an answer, does not follow a question; got nothing"),
+        ({"messages": [*CHAT["messages"], _ANSWER]}, "message 5, an answer, does not follow a question; got assistant"),
+        (
+            {"messages": [*CHAT["messages"][:2], {"role": "assistant", "content": " "}]},
+            "message 2, an answer, is empty",
+        ),
+    ],
+)
+def test_a_row_of_another_form_is_named(tmp_path, machine, row, words):
+    source = write(tmp_path, "a.jsonl", [QUESTION, row])
+    for attempt in (
+        lambda: one(source, machine),
+        lambda: list(stream([source], machine, seed=0, turns="last", buffer=2)),
+    ):
+        with pytest.raises(DataError) as error:
+            attempt()
+        assert "a.jsonl, line 2: " in str(error.value) and words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet", "rows.csv"])
+def test_a_file_that_cannot_be_read_is_named(machine, name):
+    with pytest.raises(DataError, match=name):
+        one(Source(path=name), machine)
+
+
+def test_damaged_files_are_named(tmp_path, machine):
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    (tmp_path / "bad.jsonl").write_text("{")
+    for name in ("bad.parquet", "bad.jsonl"):
+        with pytest.raises(DataError, match=name):
+            one(Source(path=name), machine)
+
+
+def test_a_task_that_has_no_training_rows_is_refused(tmp_path, machine):
+    with pytest.raises(DataError, match="unknown task"):
+        one(Source(task="arc_eazy"), machine)
+
+
+def test_a_sample_follows_its_seed_and_counts_only_rows_that_are_kept(tmp_path, machine):
+    source = write(tmp_path, "a.jsonl", numbered(50)).model_copy(update={"limit": 10})
+    first, again, other = (asked(read([source], machine, seed=seed, turns="last")) for seed in (0, 0, 1))
+    assert first == again != other and len(set(first)) == 10
+    kept = read([source], machine, seed=0, turns="last", keep=lambda row: row.asked < "row 2")
+    assert len(kept) == 10 and all(row.asked < "row 2" for row in kept)
+    with pytest.raises(DataError, match="got 2, and 48 that are kept out; allowed: at least 10"):
+        read([source], machine, seed=0, turns="last", keep=lambda row: row.asked in ("row 1?", "row 2?"))
+
+
+def test_a_source_without_rows_is_an_error(tmp_path, machine):
+    source = write(tmp_path, "a.jsonl", [])
+    with pytest.raises(DataError, match=r"a\.jsonl has too few rows"):
+        one(source, machine)
+    with pytest.raises(DataError, match=r"a\.jsonl has no rows"):
+        list(stream([source], machine, seed=0, turns="last", buffer=2))
+
+
+@pytest.fixture
+def weighted(tmp_path):
+    parts = (write(tmp_path, f"{word}.jsonl", numbered(400, word)) for word in ("a", "b"))
+    return [part.model_copy(update={"weight": weight}) for part, weight in zip(parts, (3, 1), strict=True)]
+
+
+def test_weights_are_the_proportions_until_a_source_is_used_up(machine, weighted):
+    listed = asked(read(weighted, machine, seed=0, turns="last"))
+    streamed = asked(stream(weighted, machine, seed=0, turns="last", buffer=8))
+    for rows in (listed, streamed):
+        assert len(set(rows)) == len(rows), "a row came twice"
+        counts = Counter(row[0] for row in rows)
+        assert counts["a"] == 400 and 90 < counts["b"] < 180
+    assert Counter(row[0] for row in listed[:200])["b"] in range(30, 71), "the proportions hold from the beginning"
+
+
+def test_a_weight_for_some_sources_only_is_refused(machine, weighted):
+    mixed = [weighted[0], weighted[1].model_copy(update={"weight": None})]
+    for attempt in (read, lambda *args, **options: stream(*args, **options, buffer=2)):
+        with pytest.raises(RecipeError, match=r"none for b\.jsonl"):
+            attempt(mixed, machine, seed=0, turns="last")
+
+
+def test_without_weights_every_row_comes_once(tmp_path, machine):
+    sources = [write(tmp_path, "a.jsonl", numbered(30, "a")), write(tmp_path, "b.jsonl", numbered(5, "b"))]
+    rows = asked(read(sources, machine, seed=0, turns="last"))
+    assert rows == [f"a {i}?" for i in range(30)] + [f"b {i}?" for i in range(5)]
+    assert sorted(asked(stream(sources, machine, seed=0, turns="last", buffer=4))) == sorted(rows)
+
+
+def test_each_pass_of_a_stream_has_its_own_order_which_the_seed_decides(tmp_path, machine):
+    source = write(tmp_path, "a.jsonl", numbered(40))
+
+    def passes(seed, count):
+        rows = stream([source], machine, seed=seed, turns="last", buffer=16)
+        return [asked(rows) for _ in range(count)]
+
+    first, second, third = passes(0, 3)
+    assert sorted(first) == sorted(second) == sorted(third)
+    assert first != second != third != first
+    assert passes(0, 3) == [first, second, third] and passes(1, 1) != [first]
+    resumed = stream([source], machine, seed=0, turns="last", buffer=16)
+    resumed.set_epoch(2)
+    assert asked(resumed) == third
+
+
+def test_a_stream_reads_no_further_than_it_must(tmp_path, machine):
+    """Row 12 is broken, and a consumer of five rows with a buffer of four never gets there."""
+    source = write(tmp_path, "a.jsonl", [*numbered(11), {"text": "broken"}])
+    rows = iter(stream([source], machine, seed=0, turns="last", buffer=4))
+    assert len([next(rows) for _ in range(5)]) == 5
+
+
+def test_a_streams_limit_takes_the_first_rows_that_are_kept(tmp_path, machine):
+    source = write(tmp_path, "a.jsonl", numbered(9)).model_copy(update={"limit": 3})
+    rows = stream([source], machine, seed=0, turns="last", buffer=1, keep=lambda row: row.asked != "row 1?")
+    assert sorted(asked(rows)) == ["row 0?", "row 2?", "row 3?"]

@@ -1,0 +1,93 @@
+"""What is measured before the first step: the fused positions, of the mapped layers, whether they were stored or not."""
+
+import pytest
+import torch
+
+from cache2cache import C2C
+from cache2cache.errors import ModelError
+from cache2cache.models import kv
+from cache2cache.testing import random_fuser, tiny_model
+from cache2cache.train.batch import Example
+from cache2cache.train.features import FeatureDataset
+from cache2cache.train.rows import train_rows
+from cache2cache.train.statistics import check_rotations, sample, sharer_statistics, standardise
+
+WORDS = ("what color", "the question and the answer", "12 == what letter")
+
+
+def pair_of(receiver, sharer, **config) -> C2C:
+    return C2C(receiver, [sharer], [random_fuser(receiver, sharer, **config)])
+
+
+def rows_of(c2c):
+    examples = [Example([{"role": "user", "content": text}], "yes", text, text) for text in WORDS]
+    return train_rows(examples, c2c)[0]
+
+
+@pytest.mark.parametrize("layer_map", [(2, 0), (1, 1)])
+def test_the_statistics_are_those_of_the_fused_positions_of_the_mapped_layers(receiver, sharer, layer_map):
+    """A compact fuser keeps the same means."""
+    c2c = pair_of(receiver, sharer, fuse_last=5, layer_map=layer_map)
+    (fuser,) = c2c.fusers
+    found = sample(list(FeatureDataset(rows_of(c2c), c2c, None)), c2c)
+    standardise(fuser, found)
+    statistics = sharer_statistics(c2c, found)
+    layers = sorted(set(layer_map))
+    assert statistics.count == len(WORDS) * 5 and statistics.mean.shape[1] == len(layers)
+    mean = statistics.mean[:, [layers.index(layer) for layer in layer_map]].float()
+    torch.testing.assert_close(mean, fuser.other_mean[:, :, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_sample_is_what_the_request_path_fuses(receiver, sharer):
+    c2c = pair_of(receiver, sharer, fuse_last=5)
+    rows = rows_of(c2c)
+    found = sample(list(FeatureDataset(rows[:1], c2c, None)), c2c)
+    ids = torch.as_tensor(rows[0].row.ids)[None]
+    own = kv.stack(kv.prefill(receiver.model, ids, torch.ones_like(ids)))[:, :, 0]
+    assert found.own_positions.tolist() == list(range(ids.shape[1] - 6, ids.shape[1] - 1))
+    torch.testing.assert_close(found.own, own[:, :, :, -6:-1], rtol=1e-4, atol=1e-4)
+    their_ids = torch.as_tensor(rows[0].row.sharers[0].ids)[None]
+    theirs = kv.stack(kv.prefill(sharer.model, their_ids, torch.ones_like(their_ids)))[:, :, 0]
+    assert found.their_positions[-1] == their_ids.shape[1] - 1
+    torch.testing.assert_close(found.theirs, theirs[:, -2:, :, -5:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [{}, {"fuse_last": 3}, {"alignment": "retokenise-longest"}])
+def test_features_that_are_stored_give_the_same_sample(receiver, sharer, tmp_path, config):
+    c2c = pair_of(receiver, sharer, **config)
+    rows = rows_of(c2c)
+    live, stored = (sample(list(FeatureDataset(rows, c2c, folder)), c2c) for folder in (None, tmp_path))
+    for name, tensor in vars(live).items():
+        torch.testing.assert_close(getattr(stored, name), tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_of_the_receiver_only_what_is_clean_counts(receiver, sharer):
+    """A later message is read over a fused cache, so what it will look like is not known yet."""
+    c2c = pair_of(receiver, sharer, alignment="retokenise-first")
+    turns = [{"role": role, "content": "what color"} for role in ("user", "assistant", "user")]
+    rows, _ = train_rows([Example(turns, "yes", "", "")], c2c)
+    found = sample(list(FeatureDataset(rows, c2c, None)), c2c)
+    assert found.own_positions.tolist() == [x for x in rows[0].heard if x < rows[0].first_stop]
+    assert found.own.shape[3] < found.theirs.shape[3] == len(rows[0].heard)
+
+
+def test_keys_that_cannot_be_rotated_back_are_found(receiver, sharer, monkeypatch):
+    asked = []
+    monkeypatch.setattr("cache2cache.train.statistics.check_rotation", asked.append)
+    check_rotations(pair_of(receiver, sharer))
+    assert asked == [receiver, sharer]
+    asked.clear()
+    check_rotations(pair_of(receiver, sharer, kind="paper"))
+    assert asked == [sharer], "a paper fuser takes keys as they are; the means of the sharer's are rotated"
+    asked.clear()
+    check_rotations(pair_of(receiver, tiny_model("gpt2"), kind="paper"))
+    assert not asked
+
+
+def test_a_model_that_rotates_in_other_pairs_is_refused(receiver, sharer, monkeypatch):
+    def refuse(lm):
+        raise ModelError("its keys cannot be rotated back")
+
+    monkeypatch.setattr("cache2cache.train.statistics.check_rotation", refuse)
+    with pytest.raises(ModelError):
+        check_rotations(pair_of(receiver, sharer))
