@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cache2cache.cli import pair as options
 from cache2cache.cli import recipe as recipes
 
@@ -11,7 +9,7 @@ from cache2cache.cli import recipe as recipes
 def features(
     recipe: recipes.File,
     overrides: recipes.Set = None,
-    data_dir: recipes.DataDir = Path(),
+    data_dir: recipes.DataDir = None,
     features: recipes.Features = None,
     device: recipes.Device = None,
     sharer_device: options.SharerDevice = None,

@@ -26,7 +26,14 @@ Set = Annotated[
         show_default=False,
     ),
 ]
-DataDir = Annotated[Path, typer.Option(help="What the recipe's data paths are relative to.", rich_help_panel="Machine")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of data sets; the recipe's paths are relative to it.",
+        show_default="here; rows of tasks from the hub",
+        rich_help_panel="Machine",
+    ),
+]
 Features = Annotated[
     Path | None,
     typer.Option(

@@ -24,7 +24,7 @@ def train(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what memory, time and disk it would take, and start nothing.")
     ] = False,
-    data_dir: recipes.DataDir = Path(),
+    data_dir: recipes.DataDir = None,
     features: recipes.Features = None,
     no_features: Annotated[
         bool,

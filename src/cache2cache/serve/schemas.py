@@ -6,6 +6,7 @@ import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -63,6 +64,13 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _whole(text: str) -> str:
+    """JSON can spell halves of surrogate pairs, which are no characters and have no tokens."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PydanticCustomError("unicode", "half of a surrogate pair is no text")
+    return text
+
+
 def _sharer(value: Any) -> Any:
     if type(value) is not int and not (type(value) is str and len(value) <= _NAME):
         raise PydanticCustomError("sharer", "a sharer is named by its id or its index")
@@ -70,11 +78,11 @@ def _sharer(value: Any) -> Any:
 
 
 Name = Annotated[str, Field(max_length=_NAME)]
-Text = Annotated[str, Field(min_length=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_whole)]
+Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_whole)]
 Texts = Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=str | list[str])]
 Stops = Annotated[list[Stop], Field(max_length=16), BeforeValidator(_listed, json_schema_input_type=str | list[str])]
-Content = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[dict[str, str]])]
+Content = Annotated[str, AfterValidator(_whole), BeforeValidator(_joined, json_schema_input_type=str | list[dict[str, str]])]
 Sharer = Annotated[str | int, PlainValidator(_sharer, json_schema_input_type=str | int)]
 
 

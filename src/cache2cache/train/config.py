@@ -185,8 +185,8 @@ class Recipe(_Part):
 class Machine:
     """Where a run happens. None of it changes what the run ends with, beyond rounding."""
 
-    data_dir: Path = Path()
-    """What the recipe's paths are relative to."""
+    data_dir: Path | None = None
+    """Folder of data sets. By default paths are relative to the current folder, and rows of tasks come from the hub."""
     features: Path | None = None
     """Folder of prefills, which may be shared by all runs; None computes every prefill when it is needed."""
     device: str | None = None
@@ -194,3 +194,7 @@ class Machine:
     sharer_device: str | None = None
     """The same by default."""
     trust_remote_code: bool = False
+
+    def file(self, path: str) -> Path:
+        """Where a path of the recipe lies."""
+        return (self.data_dir or Path()) / path

@@ -14,7 +14,7 @@ from cache2cache.evaluate import tasks
 from cache2cache.text.chat import check
 from cache2cache.train.batch import Example
 from cache2cache.train.config import Machine, Source
-from cache2cache.train.sources import ENDINGS, raw_rows, task_folder
+from cache2cache.train.sources import ENDINGS, raw_rows
 
 _RUN = 13
 
@@ -102,7 +102,7 @@ def read_held_out(names: Sequence[str], machine: Machine) -> list[HeldOut]:
             found += [HeldOut(_asked(row, place), place) for place, row in rows if row.get("error_type", "ok") == "ok"]
         else:
             task = tasks.get(name)
-            items = tasks.load(task, data_dir=task_folder(machine)).items
+            items = tasks.load(task, data_dir=machine.data_dir).items
             found += [HeldOut(item.topic, f"{task.name}, row {item.id}") for item in items]
     return found
 

@@ -110,4 +110,4 @@ def _counted(dropped: list[Dropped]) -> str:
 
 def _say(line: str) -> None:
     if PartialState().is_main_process:
-        Console(stderr=True).print(line, markup=False, highlight=False)
+        Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)

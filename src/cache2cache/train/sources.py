@@ -118,16 +118,11 @@ def raw_rows(source: Source, machine: Machine, *, streaming: bool = False) -> It
         opened = open_rows(source.hub, source.subset, source.split, source.revision, streaming=streaming)
         yield from ((f"{source.name}, row {number}", row) for number, row in opened)
         return
-    path = machine.data_dir / source.path
+    path = machine.file(source.path)
     if not source.path.endswith(ENDINGS):
         raise DataError("a data file of an unknown kind", got=path, allowed=f"names that end in {', '.join(ENDINGS)}")
     unit, rows = ("row", _parquet(path)) if path.suffix == ".parquet" else ("line", rows_of(path))
     yield from ((f"{source.path}, {unit} {number}", row) for number, row in rows)
-
-
-def task_folder(machine: Machine) -> Path | None:
-    """Where the rows of tasks lie; without a data folder they come from the hub, as in an evaluation."""
-    return None if machine.data_dir == Path() else machine.data_dir
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -150,7 +145,7 @@ def _examples(
 ) -> Iterator[Example]:
     if source.task is not None:
         task = tasks.get(source.task)
-        for item in tasks.load(task, split="train", data_dir=task_folder(machine), seed=seed).items:
+        for item in tasks.load(task, split="train", data_dir=machine.data_dir, seed=seed).items:
             yield Example(list(item.messages), item.target, item.topic, f"{task.name}, row {item.id}")
         return
     for place, row in raw_rows(source, machine, streaming=streaming):
