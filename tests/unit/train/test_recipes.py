@@ -208,7 +208,14 @@ def test_the_last_step_is_evaluated(name: str):
     ("name", "like", "change"),
     [
         ("self", "qwen2.5-coder", lambda r: {"receiver": "smollm2-135m", "sharer": "smollm2-135m"}),
-        ("without-sharer", "demo", lambda r: {"optim": r.optim.model_copy(update={"sharer_dropout": 1.0})}),
+        (
+            "without-sharer",
+            "demo",
+            lambda r: {
+                "fuser": r.fuser.model_copy(update={"sizes": {**r.fuser.sizes, "width": 128, "inner": 256}}),
+                "optim": r.optim.model_copy(update={"sharer_dropout": 1.0}),
+            },
+        ),
     ],
 )
 def test_a_control_differs_in_nothing_but_what_it_controls(name: str, like: str, change):
