@@ -33,7 +33,7 @@ from cache2cache.train.config import Machine, Recipe
 from cache2cache.train.prepare import Prepared, load_pair, prepare_rows
 from cache2cache.train.recipes import read_recipe
 
-WARM_UP = 3
+WARM_UP = 2
 """Steps that are not counted."""
 
 

@@ -20,7 +20,7 @@ OFFERS = {
     "train": "c2c train: data sets, TensorBoard",
     "eval": "c2c eval: tasks, statistics, figures",
     "lm-eval": "the model c2c for lm-evaluation-harness",
-    "serve": "what a server will need; there is none yet",
+    "serve": "c2c serve: a pair behind the OpenAI API; c2c share: a sharer elsewhere",
     "test": "this package's own tests",
 }
 """Extra → what it is for."""

@@ -129,6 +129,9 @@ class Prefiller:
         rows = width = 0
         while self._waiting:
             first = self._waiting[0]
+            if first.answer.cancelled():
+                self._waiting.popleft()
+                continue
             rows, width = rows + len(first.prompts), max(width, *map(len, first.prompts))
             if batch and (rows > self._limits.rows or rows * width > self._limits.tokens):
                 break

@@ -3,87 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from cache2cache.serve.engine import Sampling
+from cache2cache.serve.fields import Body, Content, Name, Sharer, Stops, Texts
 from cache2cache.types import Conversation, Message
 
 _SEEDS = 1 << 63
 """A seed has 64 bits, one of them the sign."""
-
-_NAME = 256
-"""Longest name of a model, in characters."""
-
-
-class Body(BaseModel):
-    """JSON of a client."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    neutral: ClassVar[dict[str, tuple[object, ...]]] = {}
-    """Fields of the API that are not served, with values that ask for nothing; null is one for all of them."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {
-            name: value
-            for name, value in data.items()
-            if name not in cls.neutral or not (value is None or value in cls.neutral[name])
-        }
-
-
-def _joined(content: Any) -> Any:
-    """Parts of text, one per line, as one text."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-            raise PydanticCustomError("text_part", 'parts of a content must be {"type": "text", "text": "…"}')
-        if not isinstance(part["text"], str):
-            raise PydanticCustomError("text_part", "the text of a part must be a string")
-    return "\n".join(part["text"] for part in content)
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _whole(text: str) -> str:
-    """JSON can spell halves of surrogate pairs, which are no characters and have no tokens."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise PydanticCustomError("unicode", "half of a surrogate pair is no text")
-    return text
-
-
-def _sharer(value: Any) -> Any:
-    if type(value) is not int and not (type(value) is str and len(value) <= _NAME):
-        raise PydanticCustomError("sharer", "a sharer is named by its id or its index")
-    return value
-
-
-Name = Annotated[str, Field(max_length=_NAME)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_whole)]
-Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_whole)]
-Texts = Annotated[list[Text], Field(min_length=1), BeforeValidator(_listed, json_schema_input_type=str | list[str])]
-Stops = Annotated[list[Stop], Field(max_length=16), BeforeValidator(_listed, json_schema_input_type=str | list[str])]
-Content = Annotated[str, AfterValidator(_whole), BeforeValidator(_joined, json_schema_input_type=str | list[dict[str, str]])]
-Sharer = Annotated[str | int, PlainValidator(_sharer, json_schema_input_type=str | int)]
 
 
 class ChatMessage(Body):
@@ -92,7 +22,7 @@ class ChatMessage(Body):
     role: Literal["system", "user", "assistant"]
     content: Content
 
-    neutral = {
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
         "name": (), "refusal": (), "annotations": ([],), "audio": (), "function_call": (), "tool_calls": ([],),
     }  # fmt: skip
 
@@ -102,7 +32,7 @@ class StreamOptions(Body):
 
     include_usage: bool = False
 
-    neutral = {"include_obfuscation": (False,)}
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {"include_obfuscation": (False,)}
 
 
 class Asked(Body):
@@ -112,7 +42,7 @@ class Asked(Body):
     """One of `/v1/models`."""
     sharers: list[Sharer] | None = Field(default=None, max_length=64)
     """Which sharers speak, by id or index; an extension. All by default; none is the receiver alone."""
-    n: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1, le=128)
     """Answers per prompt."""
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -171,7 +101,7 @@ class ChatRequest(Asked):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
-    neutral = {
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
         "audio": (), "frequency_penalty": (0,), "function_call": ("none",), "functions": ([],), "logit_bias": ({},),
         "metadata": ({},), "modalities": (["text"],), "parallel_tool_calls": (), "prediction": (),
         "presence_penalty": (0,), "prompt_cache_key": (), "reasoning_effort": ("none",),
@@ -214,7 +144,7 @@ class CompletionRequest(Asked):
     """Texts that are read as they are, without a template."""
     logprobs: int | None = Field(default=None, ge=0, le=20)
 
-    neutral = {
+    neutral: ClassVar[dict[str, tuple[object, ...]]] = {
         "best_of": (1,), "echo": (False,), "frequency_penalty": (0,), "logit_bias": ({},), "presence_penalty": (0,),
         "suffix": (), "user": (),
     }  # fmt: skip

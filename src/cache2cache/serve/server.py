@@ -23,7 +23,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI):
         # Requests are logged by the app, which knows their ids.
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSING
+            app, ws="none", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSING
         )
         super().__init__(config)
         self._lifecycle = app.state.lifecycle

@@ -49,7 +49,7 @@ class Schedule:
         passes = steps * optim.accumulate if recipe.data.stream else round(steps * len(batches) / per_epoch)
         full = [batch for batch in batches if len(batch) == len(batches[0])]
         mean = sum(map(columns, full)) / len(full)
-        validations = steps // recipe.watch.eval_steps
+        validations = math.ceil(steps / recipe.watch.eval_steps)  # the last step is always validated
         return cls(
             steps,
             passes,

@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-HEAVY = "{'torch', 'transformers', 'numpy', 'huggingface_hub', 'gguf', 'scipy', 'matplotlib', 'accelerate', 'datasets'}"
+HEAVY = {
+    *("torch", "transformers", "numpy", "huggingface_hub", "gguf", "scipy", "matplotlib", "accelerate", "datasets"),
+    *("fastapi", "httpx2", "uvicorn"),
+}
 
 
 @pytest.mark.parametrize(
@@ -17,6 +20,8 @@ HEAVY = "{'torch', 'transformers', 'numpy', 'huggingface_hub', 'gguf', 'scipy', 
         "from cache2cache.cli import app; app(['generate', '--help'], standalone_mode=False)",
         "from cache2cache.cli import app; app(['train', '--help'], standalone_mode=False)",
         "from cache2cache.cli import app; app(['features', '--help'], standalone_mode=False)",
+        "from cache2cache.cli import app; app(['serve', '--help'], standalone_mode=False)",
+        "from cache2cache.cli import app; app(['share', '--help'], standalone_mode=False)",
     ],
 )
 def test_imports_nothing_heavy(code: str):

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -16,9 +16,10 @@ from cache2cache.errors import BusyError
 from cache2cache.serve.engine import Engine, Event, Load, Request, Usage
 
 Step = Event | Exception | str
-"""An event, an error, or `ScriptedEngine.WAIT`."""
+"""An event, an error, or `ScriptedEngine.WAIT` or `NEVER`."""
 
 USAGE = Usage(prompt_tokens=7, sharer_tokens=(11, 13), cached_tokens=2, cache_bytes=1024)
+"""Of an answer that hears both sharers; one that does not hears those that it asked for."""
 
 
 @dataclass
@@ -27,6 +28,8 @@ class ScriptedEngine:
 
     WAIT: ClassVar[str] = "wait"
     """A step of a script that lasts until the test sets `go_on`."""
+    NEVER: ClassVar[str] = "never"
+    """One that lasts until the answer is closed."""
 
     receiver: str = "small"
     sharers: Sequence[str] = ("big", "other")
@@ -67,8 +70,11 @@ class ScriptedEngine:
                 if isinstance(step, Exception):
                     raise step
                 if isinstance(step, str):
-                    while not self.go_on.is_set():
+                    while step == self.NEVER or not self.go_on.is_set():
                         await asyncio.sleep(0.002)
+                elif step.usage is USAGE:
+                    heard = tuple(USAGE.sharer_tokens[i] for i in request.sharers)
+                    yield replace(step, usage=replace(USAGE, sharer_tokens=heard))
                 else:
                     yield step
         except (asyncio.CancelledError, GeneratorExit):
@@ -116,19 +122,23 @@ def engine() -> ScriptedEngine:
 
 
 @pytest.fixture(scope="module")
-def _served() -> Iterator[tuple[ScriptedEngine, str]]:
-    engine = ScriptedEngine()
-    with served(engine) as url:
-        yield engine, url
+def _live() -> ScriptedEngine:
+    return ScriptedEngine()
+
+
+@pytest.fixture(scope="module")
+def address(_live: ScriptedEngine) -> Iterator[str]:
+    """Of a real server, whose engine is `live`."""
+    with served(_live) as url:
+        yield url
 
 
 @pytest.fixture
-def live(_served: tuple[ScriptedEngine, str]) -> Iterator[tuple[ScriptedEngine, str]]:
-    """A real server of a scripted engine, fresh but for its metrics; its address."""
-    engine, _ = _served
-    vars(engine).update(vars(ScriptedEngine()))
-    yield _served
-    engine.go_on.set()
+def live(_live: ScriptedEngine, address: str) -> Iterator[ScriptedEngine]:
+    """An engine that is served at `address` and knows nothing of the tests before."""
+    vars(_live).update(vars(ScriptedEngine()))
+    yield _live
+    _live.go_on.set()
 
 
 @pytest.fixture(name="served")

@@ -193,21 +193,21 @@ def test_a_deep_model_is_measured_on_a_few_layers(recipe, machine, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("rows", "optim", "steps", "passes"),
+    ("rows", "optim", "steps", "passes", "validations"),
     [
-        (16, {"batch_size": 4, "epochs": 6}, 24, 24),
-        (17, {"batch_size": 4, "epochs": 2}, 10, 10),
-        (20, {"batch_size": 4, "accumulate": 2, "epochs": 2}, 6, 10),  # 5 batches make 3 steps
-        (16, {"batch_size": 4, "epochs": 0.6}, 3, 3),
-        (16, {"batch_size": 4, "max_steps": 7}, 7, 7),
-        (3, {"batch_size": 4, "epochs": 1}, 1, 1),
+        (16, {"batch_size": 4, "epochs": 6}, 24, 24, 6),
+        (17, {"batch_size": 4, "epochs": 2}, 10, 10, 3),
+        (20, {"batch_size": 4, "accumulate": 2, "epochs": 2}, 6, 10, 2),  # 5 batches make 3 steps
+        (16, {"batch_size": 4, "epochs": 0.6}, 3, 3, 1),
+        (16, {"batch_size": 4, "max_steps": 7}, 7, 7, 2),
+        (3, {"batch_size": 4, "epochs": 1}, 1, 1, 1),
     ],
 )
-def test_steps_and_passes(recipe, rows, optim, steps, passes):
+def test_steps_and_passes(recipe, rows, optim, steps, passes, validations):
     found = Schedule.of(recipe(optim=optim, watch={"eval_steps": 4}), [row_of(5)] * rows, validation_rows=9)
     assert (found.steps, found.passes) == (steps, passes)
-    assert found.validations == steps // 4 and found.validation_passes == steps // 4 * 3
-    assert found.checkpoints(keep=1) == min(2, steps // 4)
+    assert (found.validations, found.validation_passes) == (validations, validations * 3)
+    assert found.checkpoints(keep=1) == min(2, validations)
 
 
 def test_typical_and_largest_batch(recipe):
