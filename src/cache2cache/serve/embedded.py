@@ -122,7 +122,10 @@ class TransformersEngine:
             raise RequestError("no such sharer answers by itself here", got=request.alone, allowed=lanes)
         if request.alone is not None and request.sharers:
             raise RequestError(
-                "a sharer that answers by itself hears nobody", got=request.sharers, allowed="no sharers", field="sharers"
+                "a sharer that answers by itself hears nobody",
+                got=request.sharers,
+                allowed="no sharers",
+                field="sharers",
             )
         sampling.check(request.sampling)
         if (request.sampling.max_tokens or 1) > self._max_new_tokens:
