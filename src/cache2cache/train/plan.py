@@ -18,7 +18,7 @@ from cache2cache.train.costs import batch_bytes, batch_seconds, on_line
 from cache2cache.train.prepare import Prepared, new_config, prepare_rows
 from cache2cache.train.statistics import STATISTICS_ROWS
 from cache2cache.train.stream import RowStream
-from cache2cache.train.workload import Reading, Schedule, heard_by, live, stored, teaching
+from cache2cache.train.workload import Reading, Schedule, fetching, heard_by, live, stored, teaching
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,13 @@ class _Reckoning:
         self.typical = batch_seconds(pair, recipe, self.schedule.typical, device)
         self.largest = batch_bytes(pair, recipe, self.schedule.largest, device)
         self.live = self.stored = self.taught = Reading()
+        self.fetch = 0.0
         folder = None if recipe.data.stream else machine.features
         if folder is None:
             self.live = live(pair, self.schedule.typical, self.devices)
         else:
             self.stored = stored(pair, [*self.rows, *self.validation], folder, self.devices)
+            self.fetch = fetching(pair, self.rows, folder) * len(self.schedule.typical)
         if recipe.objective.distill:
             top, keep = recipe.objective.distill_top, folder is not None
             self.taught = teaching(pair, self.rows, top, self.devices[1], keep=keep)
@@ -123,13 +125,15 @@ class _Reckoning:
         taught = self.taught.seconds
         if self.recipe.data.stream:  # every row is taught when it comes
             taught *= todo.passes * len(todo.typical) / len(self.rows)
+        slower = max(0.0, self.fetch - typical.collate)  # than from the file that collating was measured with
+        passing = self.live.seconds + slower + typical.collate + typical.learn
         return {
             "prefills": self.stored.seconds,
             "distributions of the sharer": taught,
             "statistics": self.live.seconds * measured / batch
             + on_line(typical.measure, typical.measure_twice, (batch, 2 * batch), measured),
-            "steps": todo.passes * (self.live.seconds + typical.collate + typical.learn) + todo.steps * typical.update,
-            "validations": todo.validation_passes * (self.live.seconds + typical.judge),
+            "steps": todo.passes * passing + todo.steps * typical.update,
+            "validations": todo.validation_passes * (self.live.seconds + slower + typical.judge),
         }
 
     def _memory(self) -> dict[str, float]:
@@ -175,7 +179,8 @@ class _Reckoning:
         if recipe.data.stream:
             yield f"lengths are those of the stream's first {len(self.rows)} rows"
         if not self.live.seconds:
-            yield "prefills on disk are mapped: what a system monitor shows of them as memory in use is free to be taken"
+            yield "prefills on disk are mapped into memory that is not counted here, since the system may take it back"
+            yield "what of them does not stay in memory is read from disk in every epoch, which the time leaves out"
         if recipe.optim.compile:
             yield "the fuser was measured uncompiled"
         yield f"the run ends sooner if {recipe.watch.patience} validations bring nothing better"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from cache2cache.train.order import Order
 from cache2cache.train.statistics import mapped
 
 Batch = Sequence[TrainRow]
+
+_FETCHED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,28 @@ def stored(pair: C2C, rows: Sequence[TrainRow], folder: Path, devices: Devices) 
     lacking = [row for row in theirs.values() if not store.holds(heard_by(row), row.heard_at, layers)]
     positions = sum(len(np.unique(row.heard_at)) for row in lacking)
     return result + _read(sharer, [*map(heard_by, lacking)], devices[1], store.bytes_for(positions, len(layers)))
+
+
+def fetching(pair: C2C, rows: Sequence[TrainRow], folder: Path) -> float:
+    """Seconds that reading one row's features from `folder` takes, measured on some of those that are there already; 0 if
+    none is. They are read twice and the second time counts, when they are in the system's memory but not in the process's.
+    """
+    (sharer,), layers = pair.sharers, mapped(pair)
+    taken = 0.0
+    for _ in range(2):
+        own = PrefillStore(folder, pair.receiver.card, pair.receiver.dtype)
+        theirs = PrefillStore(folder, sharer.card, sharer.dtype)
+        some = [
+            row
+            for row in rows[:: math.ceil(len(rows) / _FETCHED_ROWS)]
+            if own.holds(row.row.ids[: row.first_stop]) and theirs.holds(heard_by(row), row.heard_at, layers)
+        ]
+        start = time.perf_counter()
+        for row in some:
+            own.load(row.row.ids[: row.first_stop]).clone()
+            theirs.load(heard_by(row), row.heard_at, layers).clone()
+        taken = (time.perf_counter() - start) / len(some) if some else 0.0
+    return taken
 
 
 def live(pair: C2C, batch: Batch, devices: Devices) -> Reading:

@@ -19,10 +19,11 @@ from cache2cache.models.catalogue import Model, Weights
 from cache2cache.testing import tiny_model, tiny_pair
 from cache2cache.train import costs, gauge
 from cache2cache.train.batch import TrainRow
-from cache2cache.train.features import precompute
+from cache2cache.train.features import FeatureDataset, precompute
 from cache2cache.train.plan import Plan, plan
+from cache2cache.train.prepare import load_pair, prepare_rows
 from cache2cache.train.run import train
-from cache2cache.train.workload import Schedule
+from cache2cache.train.workload import Schedule, fetching
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,14 @@ def test_distributions_of_the_sharer(models, recipe, machine, folders):
     response_tokens = promised.counts["response tokens"]
     assert promised.disk["distributions of the sharer"] == 8 * 8 * response_tokens <= tensors_in(teachers)
     assert promised.time["distributions of the sharer"] > 0
+
+
+def test_reading_features_is_measured_where_there_are_some(models, recipe, machine):
+    pair = load_pair(recipe(), machine)
+    rows = prepare_rows(recipe(), pair, machine).train
+    assert fetching(pair, rows, machine.features) == 0
+    FeatureDataset(rows[:1], pair, machine.features)
+    assert fetching(pair, rows, machine.features) > 0
 
 
 def contents(folder: Path) -> list[Path]:
