@@ -99,7 +99,7 @@ def rows_per_second(recipe: Recipe, pair: C2C, prepared: Prepared, machine: Mach
     stopwatch = _Stopwatch()
     with tempfile.TemporaryDirectory() as output:
         args = arguments(recipe, Path(output), device_of(machine))
-        trainer = run._trainer(recipe, pair, prepared, machine, args)
+        trainer = run.trainer_of(recipe, pair, prepared, machine, args)
         trainer.add_callback(stopwatch)
         trainer.train()
     taken = [after - before for before, after in zip(stopwatch.ends, stopwatch.ends[1:], strict=False)][WARM_UP - 1 :]

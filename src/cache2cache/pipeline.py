@@ -14,23 +14,18 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache2cache import inputs
+from cache2cache.decoding import generation_options, until_end
 from cache2cache.errors import FuserMismatchError, GenerationError, MissingExtraError, SharerError
 from cache2cache.fuser.base import Fuser
 from cache2cache.fuser.several import FusionMode, Speaker, fused_kv
 from cache2cache.inputs import Inputs, Row, SharerInputs
 from cache2cache.models import kv
-from cache2cache.models.load import LanguageModel, Sharer, load
+from cache2cache.models.load import LanguageModel, Sharer, load, pad_id
 from cache2cache.types import Conversation, Generation, Message, SharerPolicy, Timings, TokenCounts, clock
 
 if TYPE_CHECKING:
     from cache2cache.chat import Chat
     from cache2cache.serve.remote import RemoteOptions
-
-DEFAULT_NEW_TOKENS = 256
-"""Asked for when neither max_new_tokens nor max_length is given, as far as the context has room."""
-
-REFUSED_OPTIONS = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
-"""With these, transformers 5.19 ignores that a cache holds the prompt already."""
 
 ADDRESSES = ("http://", "https://")
 """How the name of a sharer begins that is elsewhere."""
@@ -170,8 +165,7 @@ class C2C:
         timings: Timings | None = None,
     ) -> Inputs:
         """Render, tokenise, align and pad a batch."""
-        rows = self.rows(conversations, sharers, timings)
-        return inputs.collate(rows, pad_id(self.receiver), [pad_id(lm) for lm in self.sharers])
+        return self.collate(self.rows(conversations, sharers, timings))
 
     def rows(
         self,
@@ -186,6 +180,10 @@ class C2C:
             inputs.row(messages, self.receiver, self.sharers, self.fusers, who, timings, self.template)
             for messages, who in zip(conversations, speaking, strict=True)
         ]
+
+    def collate(self, rows: Sequence[Row]) -> Inputs:
+        """Rows as one batch, padded on the left."""
+        return inputs.collate(rows, pad_id(self.receiver), [pad_id(lm) for lm in self.sharers])
 
     @torch.no_grad()
     def read(self, prepared: Inputs, *, resume: Prefill | None = None, timings: Timings | None = None) -> Prefill:
@@ -266,7 +264,7 @@ class C2C:
         sequences = raw if isinstance(raw, torch.Tensor) else raw.sequences
         answers = []
         for i, new in enumerate(sequences[:, ids.shape[1] :].tolist()):
-            new = _until_end(new, options["eos_token_id"])
+            new = until_end(new, options["eos_token_id"])
             row = i * len(ids) // len(sequences)
             spoke = [part for part in prefill.inputs.sharers if part is not None and part.due[row].any()]
             read = [int(part.mask[row].sum()) for part in spoke]
@@ -390,44 +388,6 @@ def _speaker(
     theirs = kv.gather(cache, at.to(kv.device(cache)), fuser.config.layer_map)
     positions = kv.position_ids(part.mask).gather(1, at)
     return Speaker(fuser, theirs.to(device), positions.to(device), (part.due[:, columns] == stop).to(device))
-
-
-def generation_options(lm: LanguageModel, prompt: int, kwargs: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """`generate`'s arguments completed, and how many rows it makes of each.
-
-    Raises:
-        ContextLengthError: prompt and max_new_tokens are longer than the context.
-        GenerationError: an option with which transformers reads the prompt a second time, behind the cached one.
-    """
-    if refused := [name for name in REFUSED_OPTIONS if kwargs.get(name) is not None]:
-        raise GenerationError("transformers would read the prompt twice", got=", ".join(refused), hint="Leave it out")
-    options = dict(kwargs)
-    config = options.get("generation_config") or lm.model.generation_config
-
-    def chosen(name: str) -> Any:
-        return options.get(name, getattr(config, name, None))
-
-    if chosen("max_new_tokens") is None and options.get("max_length") is None:
-        room = (lm.card.geometry.max_positions or prompt + DEFAULT_NEW_TOKENS) - prompt
-        options["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, room))
-    if chosen("pad_token_id") is None:
-        options["pad_token_id"] = pad_id(lm)
-    if chosen("stop_strings"):
-        options.setdefault("tokenizer", lm.tokenizer)
-    options.setdefault("eos_token_id", chosen("eos_token_id"))
-    inputs.check_length(lm, prompt, chosen("max_new_tokens") or max(chosen("max_length") - prompt, 0))
-    return options, max(chosen("num_beams") or 1, chosen("num_return_sequences") or 1)
-
-
-def pad_id(lm: Sharer) -> int:
-    """A token to pad with: the tokenizer's, or its end of sequence."""
-    tokenizer = lm.tokenizer
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)  # type: ignore[return-value]
-
-
-def _until_end(ids: list[int], end: int | Sequence[int] | None) -> list[int]:
-    ends = {end} if isinstance(end, int) else set(end or ())
-    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
 
 
 def is_batch(conversations: Any) -> bool:

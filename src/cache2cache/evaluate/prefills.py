@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from cache2cache import inputs
 from cache2cache.inputs import Row
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel
 from cache2cache.models.prefills import Ids, PrefillStore, left_padded, prefill_rows, row_key
-from cache2cache.pipeline import C2C, Prefill, pad_id
+from cache2cache.pipeline import C2C, Prefill
 from cache2cache.types import Timings, clock
 
 Heard = Callable[[int, Sequence[Row], Timings], list[torch.Tensor]]
@@ -66,11 +65,11 @@ class Prefills:
         prompts = [row.ids if whole else row.ids[:-1] for row in rows]
         read = self.caches(lm, prompts, timings, "sharer_prefill" if whole else "receiver_prefill")
         caches = [cache[:, :, :, :-1] for cache in read] if whole else read
-        return Prefill(_collated(pair, rows), _batched(caches, lm), [], timings)
+        return Prefill(pair.collate(rows), _batched(caches, lm), [], timings)
 
     def fused(self, pair: C2C, rows: Sequence[Row], heard: Heard, timings: Timings) -> Prefill:
         """What `pair.read` gives, with the sharers' caches from `heard`."""
-        prepared = _collated(pair, rows)
+        prepared = pair.collate(rows)
         theirs = [
             kv.new_cache() if part is None else _batched(heard(i, rows, timings), lm)
             for i, (lm, part) in enumerate(zip(pair.sharers, prepared.sharers, strict=True))
@@ -93,10 +92,6 @@ class Prefills:
             store.check(lm)
             self._stores[id(lm)] = store
         return self._stores[id(lm)]
-
-
-def _collated(pair: C2C, rows: Sequence[Row]):
-    return inputs.collate(rows, pad_id(pair.receiver), [pad_id(lm) for lm in pair.sharers])
 
 
 def _batched(caches: Sequence[torch.Tensor], lm: LanguageModel):

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from cache2cache.errors import ModelError
 from cache2cache.evaluate.items import Answer, Cost, Item
 from cache2cache.models import kv
-from cache2cache.models.load import LanguageModel
-from cache2cache.pipeline import C2C, Prefill, pad_id
+from cache2cache.models.load import LanguageModel, pad_id
+from cache2cache.pipeline import C2C, Prefill
 from cache2cache.types import clock
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from cache2cache.evaluate.scoring import ends_turn
-from cache2cache.inputs import Inputs, collate
+from cache2cache.inputs import Inputs
 from cache2cache.models import kv
 from cache2cache.models.prefills import by_length, left_padded, prefill_rows
-from cache2cache.pipeline import C2C, Prefill, pad_id
+from cache2cache.pipeline import C2C, Prefill
 from cache2cache.types import Conversation
 
 _STRIDE = 32
@@ -57,7 +57,7 @@ def _read(lm: C2C, conversations: Sequence[Conversation]) -> Prefill:
     for batch in by_length(prompts, _BATCH_TOKENS):
         caches |= zip(batch, prefill_rows(lm.receiver, [prompts[i] for i in batch]), strict=True)
     whole = left_padded([caches[i] for i in range(len(rows))]).to(lm.receiver.device)
-    inputs = collate(rows, pad_id(lm.receiver), [])
+    inputs = lm.collate(rows)
     return Prefill(inputs, kv.from_tensors(list(zip(*whole, strict=True))), [])
 
 

@@ -129,6 +129,12 @@ class LanguageModel:
             )
 
 
+def pad_id(lm: Sharer) -> int:
+    """A token to pad with: the tokenizer's, or its end of sequence."""
+    tokenizer = lm.tokenizer
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)  # type: ignore[return-value]
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """What a tokenizer does, in 16 hex digits: its vocabulary and how it splits a text of many scripts."""
     behaviour = [

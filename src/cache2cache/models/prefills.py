@@ -77,6 +77,11 @@ def left_padded(caches: Sequence[torch.Tensor]) -> torch.Tensor:
     return out
 
 
+def default_batch_tokens(device: torch.device) -> int:
+    """Tokens, padding included, of one forward pass over prompts."""
+    return 1024 if device.type == "cpu" else 8192
+
+
 def by_length(prompts: Sequence[Ids], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of prompts in batches of about the same length, the longest first.
 
@@ -182,14 +187,14 @@ class PrefillStore:
         Args:
             positions: which ones of each prompt are wanted; all by default.
             layers: which ones are wanted; all by default.
-            batch_tokens: tokens, padding included, of one forward pass; by default 1,024 on a CPU and 8,192 elsewhere.
+            batch_tokens: tokens, padding included, of one forward pass; see `default_batch_tokens`.
 
         Raises:
             DataError: no room on the disk, a folder that cannot be written to, or other weights than the store's.
         """
         self.check(lm)
         if batch_tokens is None:
-            batch_tokens = 1024 if lm.device.type == "cpu" else 8192
+            batch_tokens = default_batch_tokens(lm.device)
         wanted = self._wanted(prompts, positions, layers)
         kept = wanted[0].part.layers if wanted else None
 

@@ -35,7 +35,8 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
     Its `state.lifecycle` is the `Lifecycle` to drain before the server stops listening.
     """
     settings = settings or ServeSettings()
-    lifecycle, metrics, ways = Lifecycle(engine, settings), Metrics(engine), Ways(engine.receiver, engine.sharers)
+    lifecycle, metrics = Lifecycle(engine, settings), Metrics(engine)
+    ways = Ways(engine.receiver, engine.sharers, engine.alone)
     completions = Completions(engine, ways, settings, lifecycle, metrics)
     created = int(time.time())
 

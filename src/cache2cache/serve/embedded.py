@@ -58,6 +58,11 @@ class TransformersEngine:
         return [lm.card.id for lm in self._pair.sharers]
 
     @property
+    def alone(self) -> Sequence[int]:
+        """See `Engine`."""
+        return [i for i in self._worker.lanes if i is not None]
+
+    @property
     def receiver(self) -> str:
         """See `Engine`."""
         return self._pair.receiver.card.id
@@ -115,11 +120,11 @@ class TransformersEngine:
             await asyncio.to_thread(self._thread.join)
 
     def _check(self, request: Request) -> None:
-        names, lanes = dict(enumerate(self.sharers)), [i for i in self._worker.lanes if i is not None]
+        names = dict(enumerate(self.sharers))
         if unknown := [i for i in request.sharers if i not in names]:
             raise RequestError("no such sharer", got=unknown, allowed=names, field="sharers")
-        if request.alone is not None and request.alone not in lanes:
-            raise RequestError("no such sharer answers by itself here", got=request.alone, allowed=lanes)
+        if request.alone is not None and request.alone not in self.alone:
+            raise RequestError("no such sharer answers by itself here", got=request.alone, allowed=self.alone)
         if request.alone is not None and request.sharers:
             raise RequestError(
                 "a sharer that answers by itself hears nobody",

@@ -102,6 +102,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def alone(self) -> Sequence[int]:
+        """Which sharers can answer by themselves: those whose weights are here."""
+        ...
+
+    @property
     def receiver(self) -> str:
         """Name of the receiver."""
         ...

@@ -9,7 +9,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from cache2cache.models import kv
-from cache2cache.pipeline import C2C, Prefill, pad_id
+from cache2cache.models.load import pad_id
+from cache2cache.pipeline import C2C, Prefill
 from cache2cache.serve.job import Answer
 from cache2cache.serve.sampling import Sampler
 

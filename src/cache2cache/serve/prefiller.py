@@ -15,8 +15,7 @@ import torch
 from cache2cache.errors import BusyError
 from cache2cache.inputs import padded
 from cache2cache.models import kv
-from cache2cache.models.load import LanguageModel
-from cache2cache.pipeline import pad_id
+from cache2cache.models.load import LanguageModel, pad_id
 from cache2cache.serve.payload import SharerCache, ids_digest
 from cache2cache.serve.wire import Limits
 

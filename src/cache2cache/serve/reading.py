@@ -13,7 +13,7 @@ from cache2cache.crossing import crossing_bytes
 from cache2cache.errors import RequestError
 from cache2cache.inputs import Inputs, Row
 from cache2cache.models import kv
-from cache2cache.pipeline import C2C, Prefill, pad_id
+from cache2cache.pipeline import C2C, Prefill
 from cache2cache.serve.engine import Usage
 from cache2cache.serve.job import Answer, Job
 from cache2cache.serve.lane import cut
@@ -47,11 +47,6 @@ def tokenise(pair: C2C, job: Job, longest: int, timings: Timings) -> None:
     job.row = row
 
 
-def collate(pair: C2C, rows: Sequence[Row]) -> Inputs:
-    """Rows of a pair as a batch."""
-    return inputs.collate(rows, pad_id(pair.receiver), [pad_id(lm) for lm in pair.sharers])
-
-
 def fresh(
     pair: C2C, jobs: Sequence[Job], ends: Collection[int], timings: Timings, *, keep: bool
 ) -> tuple[list[Answer], Prefill]:
@@ -63,7 +58,7 @@ def fresh(
     order = {key: i for i, key in enumerate(dict.fromkeys(job.prompt_key() for job in jobs))}
     at = [order[job.prompt_key()] for job in jobs]
     rows = [jobs[at.index(i)].read for i in range(len(order))]
-    prefill = pair.read(collate(pair, rows), timings=timings)
+    prefill = pair.read(pair.collate(rows), timings=timings)
     answers = [_answer(pair, job, ends, rows[i], prefill, 0) for job, i in zip(jobs, at, strict=True)]
     if keep:
         caches = [_sharer_caches(prefill, i, row) for i, row in enumerate(rows)]
@@ -77,7 +72,7 @@ def fresh(
 def continued(pair: C2C, job: Job, kept: Kept, ends: Collection[int], timings: Timings) -> tuple[list[Answer], Prefill]:
     """Read and fuse what a prompt has beyond a conversation that was answered before."""
     last = kept.prefill
-    prepared = rewind(last, kept.written, collate(pair, [job.read]))
+    prepared = rewind(last, kept.written, pair.collate([job.read]))
     cached = kv.length(last.cache)
     prefill = pair.read(prepared, resume=last, timings=timings)
     new = [

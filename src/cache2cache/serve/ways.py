@@ -1,4 +1,4 @@
-"""Ways of answering, each a model of the OpenAI API: the pair, its receiver alone, each sharer alone."""
+"""Ways of answering, each a model of the OpenAI API: the pair, its receiver alone, each sharer alone that can be."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ class Ways:
     """All ways of a server, by id.
 
     The pair is `receiver+sharer`. A sharer that has the same name as another model is `name:index`.
+
+    Args:
+        alone: indices of the sharers that can answer by themselves.
     """
 
-    def __init__(self, receiver: str, sharers: Sequence[str]):
+    def __init__(self, receiver: str, sharers: Sequence[str], alone: Sequence[int]):
         self.receiver = receiver
         often = Counter([receiver, *sharers])
         self.sharers = [name if often[name] == 1 else f"{name}:{i}" for i, name in enumerate(sharers)]
         """Ids of the sharers."""
         everyone = tuple(range(len(sharers)))
         pair = [Way("+".join([receiver, *sharers]), everyone)] if sharers else []
-        ways = [*pair, Way(receiver), *(Way(name, alone=i) for i, name in enumerate(self.sharers))]
+        ways = [*pair, Way(receiver), *(Way(self.sharers[i], alone=i) for i in alone)]
         self._ways = {way.id: way for way in ways}
 
     def __iter__(self) -> Iterator[Way]:

@@ -197,7 +197,7 @@ class Worker:
         request = answer.job.request
         # What was to be heard and was not would be missing in all later turns.
         if self._prefixes.limit and not answer.degraded and not isinstance(request.prompt, str):
-            read = reading.collate(lane.pair, [answer.job.read])
+            read = lane.pair.collate([answer.job.read])
             prefill = Prefill(read, lane.cache_of(row), answer.sharer_caches)
             self._prefixes.keep(request, answer.text, Kept(prefill, answer.written))
 

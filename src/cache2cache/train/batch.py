@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache2cache import inputs
 from cache2cache.inputs import Inputs, Row, SharerInputs
 from cache2cache.models import kv
-from cache2cache.pipeline import C2C, pad_id
+from cache2cache.pipeline import C2C
 from cache2cache.types import Message
 
 
@@ -94,11 +93,11 @@ class Collator:
     """
 
     def __init__(self, pair: C2C):
-        self._pads = pad_id(pair.receiver), [pad_id(lm) for lm in pair.sharers]
+        self._pair = pair
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         rows = [item.row for item in items]
-        prepared = inputs.collate([row.row for row in rows], *self._pads)
+        prepared = self._pair.collate([row.row for row in rows])
         (part,) = prepared.sharers
         assert part is not None, "every training row has a sharer"
         response, labels = _responses(rows)

@@ -14,7 +14,7 @@ Alignment = Literal["native", "retokenise-first", "retokenise-longest", "same-id
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FuserPart(_Part):

@@ -57,7 +57,7 @@ def train(recipe: Recipe, output: Path, machine: Machine, *, resume: bool = Fals
             )  # fmt: skip
         pair = load_pair(recipe, machine)
         prepared = prepare_rows(recipe, pair, machine)
-        trainer = _trainer(recipe, pair, prepared, machine, args)
+        trainer = trainer_of(recipe, pair, prepared, machine, args)
         try:
             _run(trainer, checkpoint)
         finally:
@@ -69,7 +69,9 @@ def train(recipe: Recipe, output: Path, machine: Machine, *, resume: bool = Fals
         return summary
 
 
-def _trainer(recipe: Recipe, pair: C2C, prepared: Prepared, machine: Machine, args: TrainingArguments) -> FuserTrainer:
+def trainer_of(
+    recipe: Recipe, pair: C2C, prepared: Prepared, machine: Machine, args: TrainingArguments
+) -> FuserTrainer:
     """Everything that training needs, measured and put together."""
     objective, optim, folder = recipe.objective, recipe.optim, machine.features
     rows: Dataset[Item]

@@ -85,7 +85,7 @@ def check_rotations(pair: C2C) -> None:
         ModelError: they cannot.
     """
     (fuser,), (sharer,) = pair.fusers, pair.sharers
-    if isinstance(fuser, CompactFuser):
+    if isinstance(fuser, CompactFuser) and fuser.sizes.still_keys:
         check_rotation(pair.receiver)
     if sharer.card.geometry.rope_of_layer:
         check_rotation(sharer)

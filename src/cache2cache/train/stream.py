@@ -15,7 +15,7 @@ from cache2cache.train.batch import Collator, Item
 from cache2cache.train.config import Machine, Recipe
 from cache2cache.train.contamination import Contamination, Dropped
 from cache2cache.train.rows import train_rows
-from cache2cache.train.teacher import teachers
+from cache2cache.train.teacher import SharedVocabulary, teachers
 
 
 class RowStream(IterableDataset[Item]):
@@ -68,10 +68,10 @@ class TeachingCollator(Collator):
 
     def __init__(self, pair: C2C, top: int):
         super().__init__(pair)
-        self._pair, self._top = pair, top
+        self._vocabulary, self._top = SharedVocabulary(pair), top
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """As `Collator`, with teachers."""
         rows = [item.row for item in items]
-        taught = teachers(rows, self._pair, self._top)
+        taught = teachers(rows, self._pair, self._vocabulary, self._top)
         return super().__call__([Item(row, teacher=teacher) for row, teacher in zip(rows, taught, strict=True)])

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from cache2cache.models.load import weights_fingerprint
 from cache2cache.models.shards import Shards, damaged
 from cache2cache.pipeline import C2C
 from cache2cache.train.batch import Teacher, TrainRow
-from cache2cache.train.teacher import teachers
+from cache2cache.train.teacher import SharedVocabulary, teachers
 
 _FORMULA = 1
 """Of what `teacher.teachers` computes: to be raised with every change of it, so that nothing stale is used."""
@@ -35,7 +36,9 @@ def taught(rows: Sequence[TrainRow], pair: C2C, folder: Path | None, top: int) -
     Raises:
         DataError: see `filling.fill`.
     """
-    return list(teachers(rows, pair, top)) if folder is None else TeacherStore(rows, pair, folder, top)
+    if folder is None:
+        return list(teachers(rows, pair, SharedVocabulary(pair), top))
+    return TeacherStore(rows, pair, folder, top)
 
 
 @dataclass(frozen=True)
@@ -76,13 +79,14 @@ class TeacherStore(Sequence[Teacher]):
         self._top = top
         size = top * (_ID_DTYPE.itemsize + torch.float32.itemsize)  # bytes of one position
         lessons = {key: _Lesson(key, row, size * len(row.response)) for key, row in zip(self._keys, rows, strict=True)}
+        vocabulary = cache(lambda: SharedVocabulary(pair))  # not needed where nothing is missing
         fill(
             self._shards,
             f"distributions of {sharer.card.id}",
             list(lessons.values()),
             lambda lesson: bool(self._shards.holders(lesson.key + _IDS)),
             _batched,
-            lambda batch: _computed(batch, pair, top),
+            lambda batch: _computed(batch, pair, vocabulary(), top),
         )
 
     @property
@@ -116,8 +120,9 @@ def _batched(lessons: Sequence[_Lesson]) -> Iterator[Sequence[_Lesson]]:
         yield order[start : start + _BATCH_ROWS]
 
 
-def _computed(lessons: Sequence[_Lesson], pair: C2C, top: int) -> dict[str, torch.Tensor]:
+def _computed(lessons: Sequence[_Lesson], pair: C2C, vocabulary: SharedVocabulary, top: int) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
-    for lesson, teacher in zip(lessons, teachers([lesson.row for lesson in lessons], pair, top), strict=True):
+    found_by = teachers([lesson.row for lesson in lessons], pair, vocabulary, top)
+    for lesson, teacher in zip(lessons, found_by, strict=True):
         found |= {lesson.key + _IDS: teacher.ids.to(_ID_DTYPE), lesson.key + _LOGPROBS: teacher.logprobs}
     return found

@@ -34,17 +34,17 @@ _BATCH_TOKENS = 2048
 _DIALOGUE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-def teachers(rows: Sequence[TrainRow], pair: C2C, top: int) -> Iterator[Teacher]:
+def teachers(rows: Sequence[TrainRow], pair: C2C, vocabulary: SharedVocabulary, top: int) -> Iterator[Teacher]:
     """The sharer's distributions along the response of each row, in order.
 
     Args:
+        vocabulary: of this pair; to build one takes a second.
         top: K, how many tokens are kept.
 
     Raises:
         DataError: the models share no token, or a row's response is not what the receiver's tokenizer makes of its text.
     """
     (sharer,) = pair.sharers
-    vocabulary = _Vocabulary(pair)
     for batch in _batches([_lesson(row, pair) for row in rows]):
         predicted = iter(_predicted(sharer, batch))
         for lesson in batch:
@@ -119,7 +119,7 @@ def _predicted(sharer: LanguageModel, batch: Sequence[_Lesson]) -> tuple[torch.T
     return logits.split([len(lesson.read) for lesson in batch])
 
 
-def _teacher(lesson: _Lesson, logits: torch.Tensor, vocabulary: _Vocabulary, top: int) -> Teacher:
+def _teacher(lesson: _Lesson, logits: torch.Tensor, vocabulary: SharedVocabulary, top: int) -> Teacher:
     ids = torch.zeros((len(lesson.response), top), dtype=torch.long)
     logprobs = torch.full(ids.shape, -torch.inf)
     first = int((lesson.taught == 0).sum())  # its text may lack a space, that of the others does not
@@ -137,7 +137,7 @@ def _teacher(lesson: _Lesson, logits: torch.Tensor, vocabulary: _Vocabulary, top
     return Teacher(ids, logprobs)
 
 
-class _Vocabulary:
+class SharedVocabulary:
     """Which tokens of receiver and sharer spell the same."""
 
     def __init__(self, pair: C2C):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cache2cache.models.load import LanguageModel
-from cache2cache.models.prefills import Ids, PrefillStore, by_length, row_key
+from cache2cache.models.prefills import Ids, PrefillStore, by_length, default_batch_tokens, row_key
 from cache2cache.models.skeleton import head_weight, layer_weights
 from cache2cache.pipeline import C2C
 from cache2cache.train.batch import TrainRow
@@ -172,7 +172,7 @@ def _read(lm: LanguageModel, prompts: Sequence[Ids], device: torch.device, disk:
     """Of prefills in batches of about equal length, as `PrefillStore.compute` makes them."""
     if not prompts:
         return Reading()
-    batches = list(by_length(prompts, 1024 if device.type == "cpu" else 8192))
+    batches = list(by_length(prompts, default_batch_tokens(device)))
     padded = [len(batch) * len(prompts[batch[0]]) for batch in batches]
     middle = batches[int(np.searchsorted(np.cumsum(padded), sum(padded) / 2))]
     seconds, memory = prefill_cost(lm, len(middle), len(prompts[middle[0]]), device)

@@ -19,7 +19,7 @@ from cache2cache.serve.settings import ServeSettings
 class Patient:
     """An engine that stops as engines do."""
 
-    receiver, sharers = "small", ()
+    receiver, sharers, alone = "small", (), ()
 
     def __init__(self, end: Path):
         self._end, self._running, self._stopping, self._cut = end, 0, False, False

@@ -29,14 +29,23 @@ from cache2cache.serve.ways import Ways
     ],
 )
 def test_all_ways(receiver: str, sharers: list[str], expected: list[tuple]):
-    ways = Ways(receiver, sharers)
+    ways = Ways(receiver, sharers, range(len(sharers)))
     assert [(way.id, way.sharers, way.alone) for way in ways] == expected
     assert all(ways.find(way.id) is way for way in ways)
 
 
+def test_a_sharer_that_is_elsewhere_is_listened_to_but_does_not_answer():
+    ways = Ways("small", ["here", "elsewhere"], [0])
+    assert [(way.id, way.sharers, way.alone) for way in ways] == [
+        ("small+here+elsewhere", (0, 1), None),
+        ("small", (), None),
+        ("here", (), 0),
+    ]
+
+
 def test_an_unknown_model():
     with pytest.raises(UnknownModelError, match=r"no such model; got 'gpt'; allowed: small\+big, small, big"):
-        Ways("small", ["big"]).find("gpt")
+        Ways("small", ["big"], [0]).find("gpt")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +63,7 @@ def test_an_unknown_model():
     ],
 )
 def test_who_speaks(model: str, asked: list[str | int] | None, speaking: tuple[int, ...]):
-    ways = Ways("small", ["a", "b"])
+    ways = Ways("small", ["a", "b"], [0, 1])
     assert ways.speaking(ways.find(model), asked) == speaking
 
 
@@ -73,7 +82,7 @@ def test_who_speaks(model: str, asked: list[str | int] | None, speaking: tuple[i
     ],
 )
 def test_who_cannot_speak(model: str, asked: list[str | int], problem: str):
-    ways = Ways("small", ["a", "b"])
+    ways = Ways("small", ["a", "b"], [0, 1])
     with pytest.raises(RequestError, match=problem) as refused:
         ways.speaking(ways.find(model), asked)
     assert refused.value.field == "sharers"

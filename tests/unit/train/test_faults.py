@@ -1,5 +1,6 @@
 """What is said of fields that are wrong."""
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_nothing_is_said_of_a_right_one():
         ("data.train", [], "data.train: Tuple should have at least 1 item"),
         ("data.train.0.limit", -1, "data.train.0.limit: Input should be greater than 0 (got -1)"),
         ("data.train.0.task", "arc-easy", "data.train.0: a source has exactly one of path, hub, task"),
+        ("optim.learning_rate", math.inf, "optim.learning_rate: Input should be a finite number"),
         ("objective.response", 0, "objective: response and distill are both 0: nothing to learn from"),
         ("data.stream", True, "recipe: data.stream needs optim.max_steps"),
         ("receiver", "x" * 100, None),

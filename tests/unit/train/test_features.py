@@ -125,7 +125,7 @@ def asked(monkeypatch):
     """The rows for which distributions are computed. They are made up, since the store does not look into them."""
     found = []
 
-    def teachers(rows, pair, top):
+    def teachers(rows, pair, vocabulary, top):
         for row in rows:
             found.append(row.text)
             seed = torch.Generator().manual_seed(len(row.row.ids))

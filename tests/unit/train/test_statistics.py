@@ -82,6 +82,8 @@ def test_keys_that_cannot_be_rotated_back_are_found(receiver, sharer, monkeypatc
     asked.clear()
     check_rotations(pair_of(receiver, tiny_model("gpt2"), kind="paper"))
     assert not asked
+    check_rotations(pair_of(tiny_model("gpt2"), sharer, sizes={"width": 8, "still_keys": False}))
+    assert asked == [sharer], "a compact fuser that does not rotate takes keys as they are, too"
 
 
 def test_a_model_that_rotates_in_other_pairs_is_refused(receiver, sharer, monkeypatch):

@@ -9,7 +9,7 @@ from cache2cache.errors import DataError
 from cache2cache.evaluate.scoring import target_ids
 from cache2cache.testing import WORDS, random_fuser, tiny_model, tiny_tokenizer
 from cache2cache.train.batch import TrainRow
-from cache2cache.train.teacher import teachers
+from cache2cache.train.teacher import SharedVocabulary, teachers
 
 CHATML_END = "<|im_end|>"
 
@@ -47,7 +47,7 @@ def known(teacher) -> list[bool]:
 def test_distributions_are_the_sharers_over_tokens_that_both_have():
     pair = pair_of()
     row = row_of(pair, "red")  # three tokens on either side, and the end
-    (teacher,) = teachers([row], pair, 400)
+    (teacher,) = teachers([row], pair, SharedVocabulary(pair), 400)
     own, theirs = pair.receiver.tokenizer, pair.sharers[0].tokenizer
     written = theirs("red", add_special_tokens=False)["input_ids"]
     for t in range(4):
@@ -68,7 +68,7 @@ def test_distributions_are_the_sharers_over_tokens_that_both_have():
 
 def test_the_likeliest_are_kept_in_order_and_normalised():
     pair = pair_of()
-    (few,), (many,) = (list(teachers([row_of(pair, "red")], pair, top)) for top in (3, 50))
+    (few,), (many,) = (list(teachers([row_of(pair, "red")], pair, SharedVocabulary(pair), top)) for top in (3, 50))
     assert few.ids.shape == few.logprobs.shape == (4, 3)
     assert few.logprobs.dtype == torch.float32 and few.ids.dtype == torch.long
     assert torch.equal(few.ids, many.ids[:, :3])
@@ -90,14 +90,14 @@ def test_the_likeliest_are_kept_in_order_and_normalised():
 def test_only_where_a_token_of_the_sharers_begins(response, expected):
     pair = pair_of()
     row = row_of(pair, response)
-    (teacher,) = teachers([row], pair, 8)
+    (teacher,) = teachers([row], pair, SharedVocabulary(pair), 8)
     assert len(row.response) == len(expected) and known(teacher) == expected
 
 
 def test_the_other_way_round_every_long_token_has_a_teacher():
     pair = pair_of(merge=(), own=WORDS)
     row = row_of(pair, "x the answer")
-    (teacher,) = teachers([row], pair, 8)
+    (teacher,) = teachers([row], pair, SharedVocabulary(pair), 8)
     assert len(row.response) == 4 and all(known(teacher))
 
 
@@ -105,7 +105,7 @@ def test_positions_are_those_of_the_characters_not_of_the_tokens():
     """Behind a token that is one on one side and several on the other."""
     pair = pair_of()
     row = row_of(pair, "the red")
-    (teacher,) = teachers([row], pair, 400)
+    (teacher,) = teachers([row], pair, SharedVocabulary(pair), 400)
     theirs = pair.sharers[0].tokenizer
     p = sharer_probabilities(pair, row, theirs("the", add_special_tokens=False)["input_ids"])
     space = pair.receiver.tokenizer(" ")["input_ids"][0]
@@ -120,7 +120,7 @@ def test_a_space_before_the_first_word_is_not_the_responses(sharer_template):
     """The sharer's prompt ends in "Answer:" or "Assistant:", so it says " the" where the receiver says "the"."""
     pair = pair_of(sharer_template=sharer_template, own=WORDS)
     row = row_of(pair, "the")
-    (teacher,) = teachers([row], pair, 400)
+    (teacher,) = teachers([row], pair, SharedVocabulary(pair), 400)
     own, theirs = pair.receiver.tokenizer, pair.sharers[0].tokenizer
     p = sharer_probabilities(pair, row, [])
 
@@ -136,7 +136,7 @@ def test_both_may_begin_with_a_space():
     pair = pair_of(sharer_template="completion", receiver_template="completion", own=WORDS)
     row = row_of(pair, "the")
     assert text_of(pair.receiver, row.response)[0] == " the"
-    (teacher,) = teachers([row], pair, 400)
+    (teacher,) = teachers([row], pair, SharedVocabulary(pair), 400)
     shared = text_of(pair.receiver, teacher.ids[0][teacher.logprobs[0].isfinite()])
     assert " the" in shared and "the" not in shared and all(text.startswith(" ") for text in shared)
 
@@ -145,7 +145,7 @@ def test_the_end_of_a_turn_is_taught_where_the_sharers_template_has_one():
     for template, ends in ((None, True), ("completion", False), ("plain", False)):
         pair = pair_of(sharer_template=template)
         row = row_of(pair, "red")
-        (teacher,) = teachers([row], pair, 400)
+        (teacher,) = teachers([row], pair, SharedVocabulary(pair), 400)
         end = pair.receiver.tokenizer.eos_token_id
         assert (end in teacher.ids[0][teacher.logprobs[0].isfinite()].tolist()) == ends
         assert known(teacher) == [True, True, True, True]
@@ -155,10 +155,10 @@ def test_every_row_gets_what_it_gets_alone():
     """However rows are batched, and in their order."""
     pair = pair_of()
     rows = [row_of(pair, "red " * n, "the color " * (n % 7)) for n in (1, 40, 3, 120, 2, 9)]
-    together = list(teachers(rows, pair, 16))
+    together = list(teachers(rows, pair, SharedVocabulary(pair), 16))
     assert [len(teacher.ids) for teacher in together] == [len(row.response) for row in rows]
     for row, teacher in zip(rows, together, strict=True):
-        (alone,) = teachers([row], pair, 16)
+        (alone,) = teachers([row], pair, SharedVocabulary(pair), 16)
         torch.testing.assert_close(alone.logprobs, teacher.logprobs, rtol=1e-3, atol=1e-3)
 
 
@@ -166,4 +166,4 @@ def test_a_response_that_is_not_its_text_is_refused():
     pair = pair_of()
     row = row_of(pair, "red")
     with pytest.raises(DataError, match="not made of its text's tokens"):
-        list(teachers([TrainRow(row.row, row.response, "blue")], pair, 4))
+        list(teachers([TrainRow(row.row, row.response, "blue")], pair, SharedVocabulary(pair), 4))

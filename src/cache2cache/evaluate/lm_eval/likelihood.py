@@ -14,7 +14,7 @@ from cache2cache.evaluate.lm_eval.contexts import Reader
 from cache2cache.inputs import Row
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel
-from cache2cache.pipeline import C2C, pad_id
+from cache2cache.pipeline import C2C
 
 Scored = tuple[float, bool]
 """Log-likelihood in nats, and whether greedy decoding would have written the same."""
@@ -67,9 +67,7 @@ def scores(pair: C2C, contexts: Sequence[Context], batch_size: int) -> Iterator[
         contexts: with the same number of `space` tokens.
         batch_size: most tails at once.
     """
-    prefill = pair.read(
-        inputs.collate([c.row for c in contexts], pad_id(pair.receiver), [pad_id(lm) for lm in pair.sharers])
-    )
+    prefill = pair.read(pair.collate([c.row for c in contexts]))
     cache = kv.stack(prefill.cache) if kv.length(prefill.cache) else None
     mask, space = prefill.mask[:, :-1], contexts[0].space
     spaces: list[Scored] = [(0.0, True)] * len(contexts)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from cache2cache import inputs
 from cache2cache.inputs import Row
-from cache2cache.pipeline import C2C, pad_id
+from cache2cache.pipeline import C2C
 
 
 def write(pair: C2C, rows: Sequence[Row], options: Mapping[str, Any]) -> list[str]:
@@ -22,7 +21,7 @@ def write(pair: C2C, rows: Sequence[Row], options: Mapping[str, Any]) -> list[st
             else `transformers.generate` takes.
     """
     tokenizer = pair.receiver.tokenizer
-    prefill = pair.read(inputs.collate(rows, pad_id(pair.receiver), [pad_id(lm) for lm in pair.sharers]))
+    prefill = pair.read(pair.collate(rows))
     ours = {"until", "max_gen_toks"} | (set() if options["do_sample"] else {"temperature"})
     stops = [*filter(None, options["until"]), str(tokenizer.decode(tokenizer.eos_token_id))]  # type: ignore[arg-type]
     answers = pair.decode(
