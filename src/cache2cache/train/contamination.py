@@ -42,8 +42,8 @@ class Dropped:
 class Contamination:
     """Keeps training rows away from evaluation questions, and remembers those that it kept out.
 
-    Case, punctuation and white space do not matter. A row asks the same as a question if the whole of what it asks, or one
-    line of it, is the question: chats often wrap a question in instructions and options.
+    Case, punctuation and white space do not matter. A row asks the same as a question if the whole of what it asks in any
+    turn, or one line of it, is the question: chats often wrap a question in instructions and options.
 
     Args:
         held_out: neither these nor a run of 13 words of one may be asked.
@@ -70,10 +70,13 @@ class Contamination:
 
     def find(self, row: Example) -> Dropped | None:
         """Why a row must not be trained on; None if it may be."""
-        for text in (row.asked, *row.asked.splitlines()):
+        # Earlier turns give away as much: their answers stand in the prompt.
+        earlier = (message["content"] for message in row.messages[:-1] if message["role"] == "user")
+        asked = [row.asked, *earlier]
+        for text in (x for whole in asked for x in (whole, *whole.splitlines())):
             if place := self._questions.get(" ".join(_words(text))):
                 return Dropped(row.place, "same question", place)
-        for run in _runs(_words(row.asked)):
+        for run in (run for text in asked for run in _runs(_words(text))):
             if place := self._runs.get(run):
                 return Dropped(row.place, "13 words in a row", place)
         return None

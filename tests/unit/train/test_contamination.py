@@ -45,6 +45,14 @@ def test_other_rows_are_not(asked):
     assert KNOWN.find(example(asked)) is None
 
 
+def test_an_earlier_turn_gives_away_as_much():
+    turns = [("user", "Which is a colour?"), ("assistant", "Red."), ("user", "Why?")]
+    chat = Example([{"role": role, "content": text} for role, text in turns], "So it is.", "Why?", "train, line 3")
+    assert KNOWN.find(chat) == Dropped("train, line 3", "same question", "test, line 1")
+    said = Example([{"role": role, "content": text} for role, text in turns[1:]], "So it is.", "Why?", "train, line 3")
+    assert KNOWN.find(said) is None
+
+
 def test_questions_without_words_are_compared_by_their_symbols():
     known = Contamination([HeldOut("∑ = ?", "test, line 1")])
     assert known.find(example(" ∑ = ?")) and not known.find(example("∏ = ?"))
