@@ -69,7 +69,7 @@ class Halt(TrainerCallback):
         what = None
         if not math.isfinite(loss) or loss > self.limit:
             what = "the loss is not finite" if not math.isfinite(loss) else "the loss explodes"
-        elif bad := [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]:
+        elif bad := _not_finite(model):
             what = f"gradients are not finite ({', '.join(bad)})"
         if what is None:
             return
@@ -91,6 +91,14 @@ class Halt(TrainerCallback):
         save_file(tensors, self.folder / f"batches-{process}.safetensors")
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (self.folder / f"rows-{process}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """Parameters whose gradients are not finite."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if nn.utils.get_total_norm(list(grads.values())).isfinite():  # one pass over them, as good as always the only one
+        return []
+    return [name for name, grad in grads.items() if not grad.isfinite().all()]
 
 
 class Bar(TrainerCallback):

@@ -95,7 +95,7 @@ def prepare_rows(recipe: Recipe, pair: C2C, machine: Machine) -> Prepared:
     prepared = Prepared(train, validation, [*avoid.dropped, *long_train, *long_validation], avoid)
     if not validation or not (train or data.stream):
         raise DataError("no row is left to train or to validate on", got=f"dropped: {_counted(prepared.dropped)}")
-    _say(_told(recipe, prepared))
+    say(_told(recipe, prepared))
     return prepared
 
 
@@ -108,6 +108,7 @@ def _counted(dropped: list[Dropped]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in Counter(row.reason for row in dropped).items()) or "none"
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tell people one line, once however many processes there are."""
     if PartialState().is_main_process:
         Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)

@@ -24,7 +24,7 @@ from cache2cache.train.dropout import SharerDropout
 from cache2cache.train.features import FeatureDataset
 from cache2cache.train.measures import SHOWN
 from cache2cache.train.order import Order
-from cache2cache.train.prepare import Prepared, load_pair, prepare_rows
+from cache2cache.train.prepare import Prepared, load_pair, prepare_rows, say
 from cache2cache.train.step import TrainingStep
 from cache2cache.train.stream import RowStream, TeachingCollator
 from cache2cache.train.taught import taught
@@ -97,6 +97,8 @@ def trainer_of(
 def _step(recipe: Recipe, pair: C2C, first: list[Item]) -> TrainingStep:
     (fuser,), optim = pair.fusers, recipe.optim
     statistics.check_rotations(pair)
+    if first[0].own is None:
+        say(f"reading {len(first)} rows for the statistics of the caches")
     sample = statistics.sample(first, pair)
     if isinstance(fuser, CompactFuser):
         statistics.standardise(fuser, sample)
