@@ -16,6 +16,9 @@ from cache2cache.types import Geometry, ModelCard, Rope
 
 KEY = b"k" * 32
 
+PRELUDE = struct.Struct("<6sHBIQ")
+"""How a payload begins: magic, version, signed or not, lengths of header and body."""
+
 ODD_NUMBERS = (0, 1, -1, 7, 2**15, 2**31 - 1, 2**31, 2**32, 2**62, 2**63, 2**64, 10**400, 10**4299, 0.5, -0.0, 1e300)
 ODD_VALUES = (*ODD_NUMBERS, None, True, "", "x", "int8", "float16", "\x00", "💥", [], {}, [[]], [1, 2], "9" * 5000)
 
@@ -62,12 +65,11 @@ def flip_bits(dice: random.Random, data: bytes, other: bytes) -> bytes:
 
 def swapped(dice: random.Random, data: bytes, other: bytes) -> bytes:
     """One payload's header in another's place, with lengths that add up."""
-    form = struct.Struct("<6sHBIQ")
-    magic, version, signed, header_bytes, _ = form.unpack_from(data)
-    *_, other_header, body_bytes = form.unpack_from(other)
-    header = data[form.size : form.size + header_bytes]
-    rest = other[form.size + other_header :]
-    whole = form.pack(magic, version, signed, header_bytes, body_bytes) + header + rest
+    magic, version, signed, header_bytes, _ = PRELUDE.unpack_from(data)
+    *_, other_header, body_bytes = PRELUDE.unpack_from(other)
+    header = data[PRELUDE.size : PRELUDE.size + header_bytes]
+    rest = other[PRELUDE.size + other_header :]
+    whole = PRELUDE.pack(magic, version, signed, header_bytes, body_bytes) + header + rest
     return flip_bits(dice, whole, other) if whole == other else whole
 
 

@@ -47,3 +47,9 @@ def until_end(ids: list[int], end: int | Sequence[int] | None) -> list[int]:
     """An answer's tokens up to its first end token, which stays."""
     ends = {end} if isinstance(end, int) else set(end or ())
     return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+
+
+def end_tokens(lm: LanguageModel) -> frozenset[int]:
+    """Tokens that end a model's turn."""
+    end = lm.model.generation_config.eos_token_id  # type: ignore[union-attr]
+    return frozenset({end} if isinstance(end, int) else end or ())

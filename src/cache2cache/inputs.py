@@ -161,9 +161,9 @@ def _checked(row: Row, receiver: LanguageModel, sharers: Sequence[Sharer]) -> Ro
     return row
 
 
-def check_length(lm: Sharer, prompt: int, new: int) -> None:
-    """Raise ContextLengthError unless prompt and new tokens fit into the model's context."""
-    longest = lm.card.geometry.max_positions
+def check_length(lm: Sharer, prompt: int, new: int, context: int | None = None) -> None:
+    """Raise ContextLengthError unless prompt and new tokens fit into the model's context, or into another one."""
+    longest = lm.card.geometry.max_positions if context is None else context
     if longest is not None and prompt + new > longest:
         raise ContextLengthError(
             f"the prompt does not fit into the context of {lm.card.id}",

@@ -21,6 +21,7 @@ OFFERS = {
     "eval": "c2c eval: tasks, statistics, figures",
     "lm-eval": "the model c2c for lm-evaluation-harness",
     "serve": "c2c serve: a pair behind the OpenAI API; c2c share: a sharer elsewhere",
+    "vllm": "c2c serve --engine vllm: answers written by vLLM",
     "test": "this package's own tests",
 }
 """Extra → what it is for."""

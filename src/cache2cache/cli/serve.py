@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,7 +15,7 @@ from cache2cache.cli.extras import need
 from cache2cache.cli.listening import bind, only_this_machine, url
 
 if TYPE_CHECKING:
-    from cache2cache.pipeline import C2C
+    from cache2cache.serve.engine import Engine
     from cache2cache.serve.settings import ServeSettings
 
 KEYS_VARIABLE = "C2C_API_KEYS"
@@ -58,6 +60,19 @@ def serve(
         float,
         typer.Option(min=0, help="Seconds that running requests then have to end.", rich_help_panel=_SERVER),
     ] = 30,
+    engine: Annotated[
+        Literal["transformers", "vllm"],
+        typer.Option(help="What answers are written with.", rich_help_panel=_LOAD),
+    ] = "transformers",
+    vllm_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An option of vLLM's engine, such as tensor_parallel_size=2; repeat for several.",
+            show_default="vLLM's own",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None,
     max_choices: Annotated[
         int, typer.Option(min=1, help="Most answers that one request may ask for.", rich_help_panel=_LOAD)
     ] = 16,
@@ -71,7 +86,10 @@ def serve(
     cache_memory: Annotated[
         float | None,
         typer.Option(
-            min=0.001, help="GiB for caches of running requests.", show_default="no limit", rich_help_panel=_LOAD
+            min=0.001,
+            help="GiB for caches of running requests; with vLLM, for those on their way to it.",
+            show_default="no limit",
+            rich_help_panel=_LOAD,
         ),
     ] = None,
     prefix_memory: Annotated[
@@ -96,6 +114,7 @@ def serve(
     alone, each sharer alone. Logs are JSON on stderr.
     """
     need("c2c serve", "serve", ("fastapi", "uvicorn", "prometheus_client"))
+    vllm_options = _vllm_options(engine, vllm_option, prefix_memory)
     from cache2cache.serve.keys import Keys
     from cache2cache.serve.settings import ServeSettings
 
@@ -121,24 +140,48 @@ def serve(
     settings = ServeSettings(
         fusers=names, keys=keys, max_choices=max_choices, timeout=timeout, notice=notice, grace=grace
     )
-    _run(
-        pair,
-        settings,
-        bound,
-        max_batch=max_batch,
-        max_waiting=max_waiting,
-        max_new_tokens=max_new_tokens,
-        memory_bytes=None if cache_memory is None else int(cache_memory * _GIB),
-        prefix_bytes=int(prefix_memory * _GIB),
-    )
+    options_of_all = {
+        "max_batch": max_batch,
+        "max_waiting": max_waiting,
+        "max_new_tokens": max_new_tokens,
+        "memory_bytes": None if cache_memory is None else int(cache_memory * _GIB),
+    }
+    if engine == "vllm":
+        from cache2cache.serve.vllm.engine import VllmEngine
+
+        _run(VllmEngine(pair, **options_of_all, options=vllm_options), settings, bound)
+    else:
+        from cache2cache.serve.embedded import TransformersEngine
+
+        _run(TransformersEngine(pair, **options_of_all, prefix_bytes=int(prefix_memory * _GIB)), settings, bound)
 
 
-def _run(pair: C2C, settings: ServeSettings, bound: socket.socket, **engine_options: Any) -> None:
+def _vllm_options(engine: str, given: Sequence[str] | None, prefix_memory: float) -> dict[str, Any]:
+    """NAME=VALUE as vLLM takes them: values are JSON, or else text."""
+    if engine != "vllm":
+        if given:
+            raise typer.BadParameter("--vllm-option needs --engine vllm")
+        return {}
+    need("c2c serve --engine vllm", "vllm", ["vllm"])
+    if prefix_memory:
+        raise typer.BadParameter("--prefix-memory is of --engine transformers: vLLM keeps prefixes in its own cache")
+    found: dict[str, Any] = {}
+    for option in given or ():
+        name, equals, value = option.partition("=")
+        if not equals or not name.isidentifier():
+            raise typer.BadParameter(f"--vllm-option {option}: must be NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _run(engine: Engine, settings: ServeSettings, bound: socket.socket) -> None:
     from cache2cache.serve import logs
     from cache2cache.serve.app import create_app
-    from cache2cache.serve.embedded import TransformersEngine
     from cache2cache.serve.server import Server
 
     logs.to_stderr()
     logs.log.info("serving", extra={"fields": {"url": f"{url(bound)}/v1"}})
-    Server(create_app(TransformersEngine(pair, **engine_options), settings)).run([bound])
+    Server(create_app(engine, settings)).run([bound])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from cache2cache.decoding import end_tokens
 from cache2cache.errors import ModelError
 from cache2cache.evaluate.items import Answer, Cost, Item
 from cache2cache.models import kv
@@ -188,8 +189,7 @@ def without_padding(ids: Sequence[int], pad: int) -> list[int]:
 
 def ends_turn(lm: LanguageModel, ids: Sequence[int]) -> bool:
     """Whether the last of these tokens ends the model's turn."""
-    end = lm.model.generation_config.eos_token_id  # type: ignore[union-attr]
-    return bool(ids) and ids[-1] in ({end} if isinstance(end, int) else set(end or ()))
+    return bool(ids) and ids[-1] in end_tokens(lm)
 
 
 def _sharer_read(prefill: Prefill, row: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cache2cache.errors import BusyError
 from cache2cache.models.load import LanguageModel
@@ -63,11 +63,17 @@ class Queue:
             self._closed = True
             self._changed.notify_all()
 
-    def wait(self, *, idle: bool) -> bool:
-        """Whether there may be work; with `idle`, as soon as somebody waits. False once the queue is closed."""
+    def wake(self) -> None:
+        """Let the worker look again whether there is room."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait(self, *, idle: bool, room: Callable[[], bool] = lambda: True) -> bool:
+        """Whether there may be work; with `idle`, as soon as somebody waits and there is room. False once the queue is
+        closed."""
         with self._changed:
             if idle:
-                self._changed.wait_for(lambda: self._jobs or self._closed)
+                self._changed.wait_for(lambda: (self._jobs and room()) or self._closed)
             return not self._closed
 
 

@@ -22,6 +22,8 @@ def refusal(error: Exception, *, ready: bool) -> JSONResponse:
     match error:
         case RequestValidationError():
             return _invalid(error.errors())
+        case HTTPException(status_code=400):  # FastAPI could not decode the body
+            return problem(400, "the body is not JSON in UTF-8", code="invalid_json")
         case HTTPException():
             return problem(error.status_code, str(error.detail), headers=error.headers)
         case UnknownModelError():

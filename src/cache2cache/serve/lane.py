@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from cache2cache.decoding import end_tokens
 from cache2cache.models import kv
 from cache2cache.models.load import pad_id
 from cache2cache.pipeline import C2C, Prefill
@@ -33,8 +34,7 @@ class Lane:
     def __init__(self, pair: C2C):
         self.pair = pair
         self.answers: list[Answer] = []
-        end = pair.receiver.model.generation_config.eos_token_id  # type: ignore[union-attr]
-        self.ends = frozenset({end} if isinstance(end, int) else end or ())
+        self.ends = end_tokens(pair.receiver)
         """Tokens that end the receiver's turn."""
         self.clear()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from transformers import DynamicCache
@@ -13,19 +13,25 @@ from cache2cache.crossing import crossing_bytes
 from cache2cache.errors import RequestError
 from cache2cache.inputs import Inputs, Row
 from cache2cache.models import kv
+from cache2cache.models.prefills import by_length
 from cache2cache.pipeline import C2C, Prefill
 from cache2cache.serve.engine import Usage
 from cache2cache.serve.job import Answer, Job
 from cache2cache.serve.lane import cut
 from cache2cache.serve.prefix import Kept
+from cache2cache.serve.tally import Tally
 from cache2cache.types import Timings
 
+_BATCH_TOKENS = 8192
+"""Of one forward pass over prompts, padding included; a longer prompt is read alone."""
 
-def tokenise(pair: C2C, job: Job, longest: int, timings: Timings) -> None:
+
+def tokenise(pair: C2C, job: Job, longest: int, timings: Timings, context: int | None = None) -> None:
     """Find out what a request reads, and how much it may write.
 
     Args:
         longest: most tokens that any request may write.
+        context: tokens that there is room for, if that is less than the receiver's context.
 
     Raises:
         RequestError: nothing to read.
@@ -40,11 +46,38 @@ def tokenise(pair: C2C, job: Job, longest: int, timings: Timings) -> None:
         (row,) = pair.rows([request.prompt], [list(request.sharers)], timings)
     if not len(row.ids):
         raise RequestError("the prompt has no tokens", allowed="at least one")
-    context = pair.receiver.card.geometry.max_positions
+    context = min((n for n in (context, pair.receiver.card.geometry.max_positions) if n is not None), default=None)
     room = longest if context is None else min(longest, context - len(row.ids))
     job.limit = room if asked is None else asked
-    inputs.check_length(pair.receiver, len(row.ids), job.limit)
+    inputs.check_length(pair.receiver, len(row.ids), job.limit, context)
     job.row = row
+
+
+def batches(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Jobs that are read together, since their prompts are about as long."""
+    longest = [max([job.read.ids, *(part.ids for part in job.read.sharers if part)], key=len) for job in jobs]
+    for batch in by_length(longest, _BATCH_TOKENS):
+        yield [jobs[i] for i in batch]
+
+
+def together(
+    pair: C2C, jobs: Sequence[Job], ends: Collection[int], tally: Tally, *, keep: bool
+) -> Iterator[tuple[list[Answer], Prefill]]:
+    """As `fresh`, but one by one if that goes wrong or a sharer cannot be heard, so that only those suffer that are at
+    fault: they get the error."""
+    read = None
+    try:
+        with tally.timed() as timings:
+            read = fresh(pair, jobs, ends, timings, keep=keep)
+    except Exception as error:
+        if len(jobs) == 1:
+            jobs[0].send(error)
+            return
+    if read and not (read[1].degraded and len(jobs) > 1):
+        yield read
+        return
+    for job in jobs:
+        yield from together(pair, [job], ends, tally, keep=keep)
 
 
 def fresh(
@@ -67,6 +100,11 @@ def fresh(
     if len(rows) < len(jobs):
         kv.select_rows(prefill.cache, at)
     return answers, replace(prefill, inputs=Inputs(prefill.ids[at], prefill.mask[at], ()), sharer_caches=[])
+
+
+def unread(pair: C2C, job: Job, ends: Collection[int]) -> Answer:
+    """An answer that hears nobody, and whose prompt is left to whoever writes it."""
+    return Answer(job, pair.receiver.tokenizer, ends, Usage(len(job.read.ids), (), 0, 0))
 
 
 def continued(pair: C2C, job: Job, kept: Kept, ends: Collection[int], timings: Timings) -> tuple[list[Answer], Prefill]:

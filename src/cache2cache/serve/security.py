@@ -11,6 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cache2cache.serve.keys import Keys
 from cache2cache.serve.problems import problem
 
+_DISCARDED = 8
+"""How many times the largest body is read of one that is too large, and thrown away."""
+
 
 class Authentication:
     """Lets in those who send `Authorization: Bearer <key>` with one of the keys.
@@ -55,7 +58,8 @@ class BodyLimit:
             return
         said = Headers(scope=scope).get("content-length", "0")
         try:
-            body = await asyncio.wait_for(self._body(receive), self._seconds) if self._fits(said) else None
+            allowed = self._max_bytes if self._fits(said) else -1
+            body = await asyncio.wait_for(self._body(receive, allowed), self._seconds)
         except TimeoutError:
             await problem(408, "the body did not arrive in time", code="timeout")(scope, receive, send)
             return
@@ -82,19 +86,24 @@ class BodyLimit:
     def _fits(self, said: str) -> bool:
         return said.isdecimal() and len(said) < 20 and int(said) <= self._max_bytes
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """All of it; None once it is too large."""
-        parts, size, more = [], 0, True
-        while more:
+    async def _body(self, receive: Receive, allowed: int) -> bytes | None:
+        """All of it; None if it is larger than allowed.
+
+        What is too large is read on, within bounds, but not held: the connection will be closed, and who is still sending
+        then never reads why.
+        """
+        parts: list[bytes] = []
+        size, more = 0, True
+        while more and size <= _DISCARDED * self._max_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise _GoneError
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > self._max_bytes:
-                return None
+            if size > allowed:
+                parts.clear()
             more = message.get("more_body", False)
-        return b"".join(parts)
+        return b"".join(parts) if size <= allowed else None
 
 
 class _GoneError(Exception):

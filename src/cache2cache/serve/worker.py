@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from cache2cache.errors import RequestError
 from cache2cache.models.load import LanguageModel
-from cache2cache.models.prefills import by_length
 from cache2cache.pipeline import C2C, Prefill
 from cache2cache.serve import reading
 from cache2cache.serve.admission import Budget, Queue
@@ -17,23 +14,11 @@ from cache2cache.serve.engine import Load
 from cache2cache.serve.job import Answer, Job
 from cache2cache.serve.lane import Lane
 from cache2cache.serve.prefix import Kept, PrefixCache
-from cache2cache.types import Timings, clock
-
-_BATCH_TOKENS = 8192
-"""Of one forward pass over prompts, padding included; a longer prompt is read alone."""
+from cache2cache.serve.tally import Tally
+from cache2cache.types import clock
 
 _TURN = 16
 """Tokens that a model writes before another one, of which answers are wanted as well, has its turn."""
-
-_COUNTED = (
-    "answers",
-    "tokens_prompt",
-    "tokens_cached",
-    "tokens_sharer",
-    "tokens_generated",
-    "prefix_hits",
-    "sharer_bytes",
-)
 
 Admitted = dict[int | None, list[Job]]
 """Jobs by who answers."""
@@ -58,8 +43,7 @@ class Worker:
         self._max_batch, self._max_new_tokens = max_batch, max_new_tokens
         self._prefixes = PrefixCache(prefix_bytes)
         self._budget = Budget(memory_bytes, keep=prefix_bytes > 0)
-        self._counters = dict.fromkeys((*(f"seconds_{stage}" for stage in vars(Timings())), *_COUNTED), 0.0)
-        self._answer_seconds = 1.0
+        self._tally = Tally()
 
     def run(self) -> None:
         """Work until the queue is closed."""
@@ -74,11 +58,11 @@ class Worker:
     def load(self) -> Load:
         """How busy it is; may be asked from another thread."""
         held = self._running_bytes() + self._prefixes.bytes
-        return Load(len(self.queue), self._running(), held, dict(self._counters))
+        return Load(len(self.queue), self._running(), held, dict(self._tally.sums))
 
     def retry_after(self) -> float:
         """Seconds until those who wait now have been answered, about; likewise."""
-        return max(1.0, math.ceil(len(self.queue) * self._answer_seconds / self._max_batch))
+        return self._tally.retry_after(len(self.queue), self._max_batch)
 
     # --- admission ------------------------------------------------------------------------------------------------
 
@@ -106,7 +90,7 @@ class Worker:
         """Whether there is room for those who run and those who are admitted, `job` among them."""
         pair = self.lanes[job.request.alone].pair
         if job.row is None:
-            with self._timed() as timings:
+            with self._tally.timed() as timings:
                 reading.tokenise(pair, job, self._max_new_tokens, timings)
         least = self._budget.running(pair, [job]) + self._budget.reading(pair, [job])
         if not self._budget.fits(least):
@@ -133,42 +117,28 @@ class Worker:
         others = []
         for job in jobs:
             if kept := self._prefixes.find(job.request):
-                self._counters["prefix_hits"] += 1
-                self._join(lane, [job], kept)
+                self._tally.sums["prefix_hits"] += 1
+                self._continue(lane, job, kept)
             else:
                 others.append(job)
-        longest = [max([job.read.ids, *(part.ids for part in job.read.sharers if part)], key=len) for job in others]
-        for batch in by_length(longest, _BATCH_TOKENS):
-            self._join(lane, [others[i] for i in batch])
+        keep = self._prefixes.limit > 0
+        for batch in reading.batches(others):
+            for answers, prefill in reading.together(lane.pair, batch, lane.ends, self._tally, keep=keep):
+                self._join(lane, answers, prefill)
 
-    def _join(self, lane: Lane, jobs: Sequence[Job], kept: Kept | None = None) -> None:
-        """Read prompts together; if that goes wrong, one by one, so that only those suffer that are at fault."""
+    def _continue(self, lane: Lane, job: Job, kept: Kept) -> None:
         try:
-            with self._timed() as timings:
-                if kept:
-                    answers, prefill = reading.continued(lane.pair, jobs[0], kept, lane.ends, timings)
-                else:
-                    keep = self._prefixes.limit > 0
-                    answers, prefill = reading.fresh(lane.pair, jobs, lane.ends, timings, keep=keep)
+            with self._tally.timed() as timings:
+                answers, prefill = reading.continued(lane.pair, job, kept, lane.ends, timings)
         except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].send(error)
-            else:
-                self._join_singly(lane, jobs)
+            job.send(error)
             return
-        if prefill.degraded and len(jobs) > 1:
-            self._join_singly(lane, jobs)
-            return
+        self._join(lane, answers, prefill)
+
+    def _join(self, lane: Lane, answers: Sequence[Answer], prefill: Prefill) -> None:
         lane.join(answers, prefill)
         for answer in answers:
-            self._counters["tokens_prompt"] += answer.usage.prompt_tokens
-            self._counters["tokens_cached"] += answer.usage.cached_tokens
-            self._counters["tokens_sharer"] += sum(answer.usage.sharer_tokens)
-            self._counters["sharer_bytes"] += answer.usage.cache_bytes
-
-    def _join_singly(self, lane: Lane, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            self._join(lane, [job])
+            self._tally.begun(answer)
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -183,32 +153,22 @@ class Worker:
             admits = left or (self.queue.news and self._running() < self._max_batch)
             return (others and tokens >= _TURN) or (admits and len(self.queue) > 0)
 
-        with self._timed() as timings, clock(timings, "decode"):
+        with self._tally.timed() as timings, clock(timings, "decode"):
             lane.write(enough)
-        self._counters["tokens_generated"] += sum(len(a.written) for a in lane.answers) - before
+        self._tally.sums["tokens_generated"] += sum(len(a.written) for a in lane.answers) - before
         for row, answer in enumerate(lane.answers):
             if answer.finish:
                 self._answered(lane, row, answer)
         lane.leave()
 
     def _answered(self, lane: Lane, row: int, answer: Answer) -> None:
-        self._counters["answers"] += 1
-        self._answer_seconds += 0.1 * (time.monotonic() - answer.begun - self._answer_seconds)
+        self._tally.ended(answer)
         request = answer.job.request
         # What was to be heard and was not would be missing in all later turns.
         if self._prefixes.limit and not answer.degraded and not isinstance(request.prompt, str):
             read = lane.pair.collate([answer.job.read])
             prefill = Prefill(read, lane.cache_of(row), answer.sharer_caches)
             self._prefixes.keep(request, answer.text, Kept(prefill, answer.written))
-
-    @contextmanager
-    def _timed(self) -> Iterator[Timings]:
-        timings = Timings()
-        try:
-            yield timings
-        finally:
-            for stage, seconds in vars(timings).items():
-                self._counters[f"seconds_{stage}"] += seconds
 
     @contextmanager
     def _guarded(self, lane: Lane, jobs: Sequence[Job] = ()) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from starlette.testclient import TestClient
 from cache2cache.cli import app
 from cache2cache.cli.listening import bind, only_this_machine, url
 from cache2cache.serve.embedded import TransformersEngine
+from cache2cache.serve.queued import QueuedEngine
 from cache2cache.serve.server import Server
+from cache2cache.serve.vllm.engine import VllmEngine
+from cache2cache.serve.worker import Worker
 
 KEY = "a-key-that-nobody-guesses"
 
@@ -93,6 +97,7 @@ def test_keys_from_the_environment(run: dict[str, Any], monkeypatch: pytest.Monk
         (["--timeout", "0"], 2, "timeout"),
         (["-r", "r", "-s", "s"], 2, "needs one --fuser"),
         (["--sharer-timeout", "3"], 2, "http://"),
+        (["--vllm-option", "enforce_eager=true"], 2, "needs --engine vllm"),
     ],
 )
 def test_what_is_refused(
@@ -109,6 +114,51 @@ def test_what_is_refused(
     assert c2c(*placed) == code
     assert said in capsys.readouterr().err
     assert "app" not in run
+
+
+class TestVllm:
+    @pytest.fixture
+    def installed(self, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        """As if vLLM were installed."""
+
+        def engine(self: VllmEngine, pair: Any, **options: Any) -> None:
+            run["vllm"] = options
+            QueuedEngine.__init__(self, pair, Worker(pair, 1, 1, None, 1, 0), 1)
+
+        monkeypatch.setattr("cache2cache.cli.serve.need", lambda *_: None)
+        monkeypatch.setattr(VllmEngine, "__init__", engine)
+        return run
+
+    def test_its_options_reach_it(self, installed: dict[str, Any]):
+        options = ["enforce_eager=true", "tensor_parallel_size=2", "kv_cache_dtype=fp8", 'x={"y": "="}']
+        given = [part for option in options for part in ("--vllm-option", option)]
+        assert c2c("--engine", "vllm", "--max-batch", "3", "--cache-memory", "0.5", *given) == 0
+        assert installed["vllm"] == {
+            "max_batch": 3, "max_waiting": 64, "max_new_tokens": 1024, "memory_bytes": 1 << 29,
+            "options": {"enforce_eager": True, "tensor_parallel_size": 2, "kv_cache_dtype": "fp8", "x": {"y": "="}},
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--vllm-option", "enforce_eager"], "NAME=VALUE"),
+            (["--vllm-option", "=1"], "NAME=VALUE"),
+            (["--prefix-memory", "1"], "--engine transformers"),
+        ],
+    )
+    def test_what_is_refused(
+        self, installed: dict[str, Any], capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    ):
+        assert c2c("--engine", "vllm", *arguments) == 2
+        assert said in " ".join(capsys.readouterr().err.replace("│", "").split())
+        assert "receiver" not in installed, "told before anything is loaded"
+
+    def test_without_it(self, run: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+        there = importlib.util.find_spec
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "vllm" else there(name))
+        assert c2c("--engine", "vllm") == 1
+        assert "cache2cache[vllm]" in " ".join(capsys.readouterr().err.split())
+        assert "receiver" not in run
 
 
 def test_a_port_that_is_taken(run: dict[str, Any], capsys: pytest.CaptureFixture[str]):

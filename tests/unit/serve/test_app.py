@@ -59,7 +59,9 @@ def pieces(response: httpx2.Response) -> list[Any]:
 def test_a_body_that_is_no_request(client: TestClient, engine: Any, route: str, body: bytes, kind: str | None):
     refused = client.post(route, content=body, headers={} if kind is None else {"Content-Type": kind})
     assert refused.status_code == 400
-    assert refused.json()["error"]["type"] == "invalid_request_error"
+    error = refused.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["code"]
     assert engine.asked == []
 
 

@@ -124,7 +124,7 @@ def test_bodies_are_bounded_said_or_not(said, parts, status):
         assert sent["connection"] == "close"
 
 
-def test_no_more_than_the_limit_is_taken():
+def test_a_body_without_an_end_is_not_read_for_ever():
     taken = []
 
     async def receive() -> Any:
@@ -134,7 +134,22 @@ def test_no_more_than_the_limit_is_taken():
     async def send(_: Any) -> None: ...
 
     asyncio.run(BodyLimit(echo, 25)({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send))
-    assert len(taken) == 3
+    assert 3 < len(taken) < 30
+
+
+def test_who_sends_too_much_is_heard_out_before_it_is_told():
+    """A connection that is closed while somebody sends is reset, and what was said to them is lost."""
+    parts = [{"type": "http.request", "body": b"x" * 10, "more_body": more} for more in (True, True, True, True, False)]
+
+    async def receive() -> Any:
+        return parts.pop(0)
+
+    async def send(_: Any) -> None:
+        assert not parts
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-length", b"50")]}
+    asyncio.run(BodyLimit(echo, 25)(scope, receive, send))
+    assert not parts
 
 
 def test_a_body_that_never_ends_is_given_up():
