@@ -115,6 +115,7 @@ def serve(
     """
     need("c2c serve", "serve", ("fastapi", "uvicorn", "prometheus_client"))
     vllm_options = _vllm_options(engine, vllm_option, prefix_memory)
+    from cache2cache.serve.admission import Limits
     from cache2cache.serve.keys import Keys
     from cache2cache.serve.settings import ServeSettings
 
@@ -140,20 +141,16 @@ def serve(
     settings = ServeSettings(
         fusers=names, keys=keys, max_choices=max_choices, timeout=timeout, notice=notice, grace=grace
     )
-    options_of_all = {
-        "max_batch": max_batch,
-        "max_waiting": max_waiting,
-        "max_new_tokens": max_new_tokens,
-        "memory_bytes": None if cache_memory is None else int(cache_memory * _GIB),
-    }
+    memory = None if cache_memory is None else int(cache_memory * _GIB)
+    limits = Limits(max_batch, max_waiting, memory, max_new_tokens)
     if engine == "vllm":
         from cache2cache.serve.vllm.engine import VllmEngine
 
-        _run(VllmEngine(pair, **options_of_all, options=vllm_options), settings, bound)
+        _run(VllmEngine(pair, limits, options=vllm_options), settings, bound)
     else:
         from cache2cache.serve.embedded import TransformersEngine
 
-        _run(TransformersEngine(pair, **options_of_all, prefix_bytes=int(prefix_memory * _GIB)), settings, bound)
+        _run(TransformersEngine(pair, limits, prefix_bytes=int(prefix_memory * _GIB)), settings, bound)
 
 
 def _vllm_options(engine: str, given: Sequence[str] | None, prefix_memory: float) -> dict[str, Any]:

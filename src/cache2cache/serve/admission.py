@@ -1,15 +1,34 @@
-"""Who is answered next: a bounded queue, first come first served, and a budget of memory."""
+"""How much an engine takes on, and who is answered next: a bounded queue, first come first served, a budget of memory."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from cache2cache.errors import BusyError
+from cache2cache.errors import BusyError, RequestError
 from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
 from cache2cache.serve.job import Job
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of an engine."""
+
+    max_batch: int = 16
+    """Most answers that are read for or written at a time."""
+    max_waiting: int = 64
+    """Most requests that wait beside them."""
+    memory_bytes: int | None = None
+    """Of caches, see each engine; None for no limit. A request whose cache does not fit now waits, and those that came
+    after it wait behind it."""
+    max_new_tokens: int = 1024
+    """Most tokens of an answer, and as many as are written when a request does not say."""
+
+
+DEFAULT = Limits()
 
 
 class Queue:
@@ -105,6 +124,14 @@ class Budget:
     def fits(self, size: int) -> bool:
         """Whether so many bytes are within the budget."""
         return self.limit is None or size <= self.limit
+
+    def check(self, size: int, hint: str) -> None:
+        """Raise RequestError if so many bytes, which one request takes by itself, can never be had."""
+        if not self.fits(size):
+            raise RequestError(
+                "the request needs more memory than the server has",
+                got=f"{size:,} bytes of cache", allowed=f"up to {self.limit:,}", hint=hint,
+            )  # fmt: skip
 
 
 def per_position(lm: LanguageModel) -> int:

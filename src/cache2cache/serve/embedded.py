@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cache2cache.pipeline import C2C
+from cache2cache.serve.admission import DEFAULT, Limits
 from cache2cache.serve.queued import QueuedEngine
 from cache2cache.serve.worker import Worker
 
@@ -21,27 +22,14 @@ class TransformersEngine(QueuedEngine):
     Of a model's generation config only the end tokens are used: penalties and the like would not be the request's.
 
     Args:
-        max_batch: most answers that are written at a time.
-        max_waiting: most requests that wait beside them.
-        memory_bytes: of caches, without the prefix cache; None for no limit. A request whose cache does not fit now
-            waits, and those that came after it wait behind it.
-        max_new_tokens: most tokens of an answer, and as many as are written when a request does not say.
+        limits: memory is that of caches, without the prefix cache.
         prefix_bytes: of conversations that are kept for requests that go on with them; 0 keeps none. With it, a request
             that goes on gets the answer that `Chat` would give, where a fresh one has all turns fused in one go.
     """
 
-    def __init__(
-        self,
-        pair: C2C,
-        *,
-        max_batch: int = 16,
-        max_waiting: int = 64,
-        memory_bytes: int | None = None,
-        max_new_tokens: int = 1024,
-        prefix_bytes: int = 0,
-    ):
-        worker = Worker(pair, max_batch, max_waiting, memory_bytes, max_new_tokens, prefix_bytes)
-        super().__init__(pair, worker, max_new_tokens)
+    def __init__(self, pair: C2C, limits: Limits = DEFAULT, *, prefix_bytes: int = 0):
+        worker = Worker(pair, limits, prefix_bytes)
+        super().__init__(pair, worker, limits.max_new_tokens)
         self._lanes = worker.lanes
 
     @property

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from cache2cache.errors import RequestError
 from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C, Prefill
 from cache2cache.serve import reading
-from cache2cache.serve.admission import Budget, Queue
+from cache2cache.serve.admission import Budget, Limits, Queue
 from cache2cache.serve.engine import Load
 from cache2cache.serve.job import Answer, Job
 from cache2cache.serve.lane import Lane
@@ -27,22 +26,14 @@ Admitted = dict[int | None, list[Job]]
 class Worker:
     """Everything that touches models and tokenizers, which are not made for several threads."""
 
-    def __init__(
-        self,
-        pair: C2C,
-        max_batch: int,
-        max_waiting: int,
-        memory_bytes: int | None,
-        max_new_tokens: int,
-        prefix_bytes: int,
-    ):
+    def __init__(self, pair: C2C, limits: Limits, prefix_bytes: int):
         alone = {i: Lane(C2C(lm)) for i, lm in enumerate(pair.sharers) if isinstance(lm, LanguageModel)}
         self.lanes: dict[int | None, Lane] = {None: Lane(pair), **alone}
         """Batches by who answers: the receiver, or a sharer by itself."""
-        self.queue = Queue(max_waiting)
-        self._max_batch, self._max_new_tokens = max_batch, max_new_tokens
+        self.queue = Queue(limits.max_waiting)
+        self._limits = limits
         self._prefixes = PrefixCache(prefix_bytes)
-        self._budget = Budget(memory_bytes, keep=prefix_bytes > 0)
+        self._budget = Budget(limits.memory_bytes, keep=prefix_bytes > 0)
         self._tally = Tally()
 
     def run(self) -> None:
@@ -62,7 +53,7 @@ class Worker:
 
     def retry_after(self) -> float:
         """Seconds until those who wait now have been answered, about; likewise."""
-        return self._tally.retry_after(len(self.queue), self._max_batch)
+        return self._tally.retry_after(len(self.queue), self._limits.max_batch)
 
     # --- admission ------------------------------------------------------------------------------------------------
 
@@ -70,7 +61,7 @@ class Worker:
         """Those who have waited longest, as far as there is room."""
         self.queue.news = False
         admitted: Admitted = {alone: [] for alone in self.lanes}
-        free = self._max_batch - self._running()
+        free = self._limits.max_batch - self._running()
         while free and (job := self.queue.first()):
             alone = job.request.alone
             try:
@@ -91,14 +82,9 @@ class Worker:
         pair = self.lanes[job.request.alone].pair
         if job.row is None:
             with self._tally.timed() as timings:
-                reading.tokenise(pair, job, self._max_new_tokens, timings)
+                reading.tokenise(pair, job, self._limits.max_new_tokens, timings)
         least = self._budget.running(pair, [job]) + self._budget.reading(pair, [job])
-        if not self._budget.fits(least):
-            raise RequestError(
-                "the request needs more memory than the server has",
-                got=f"{least:,} bytes of cache", allowed=f"up to {self._budget.limit:,}",
-                hint="Shorten the conversation or ask for fewer tokens",
-            )  # fmt: skip
+        self._budget.check(least, "Shorten the conversation or ask for fewer tokens")
         reads = sum(self._budget.reading(self.lanes[alone].pair, jobs) for alone, jobs in admitted.items())
         return self._budget.fits(self._running_bytes(admitted) + reads)
 
@@ -150,7 +136,7 @@ class Worker:
 
         def enough(tokens: int) -> bool:
             left = any(answer.done for answer in lane.answers)
-            admits = left or (self.queue.news and self._running() < self._max_batch)
+            admits = left or (self.queue.news and self._running() < self._limits.max_batch)
             return (others and tokens >= _TURN) or (admits and len(self.queue) > 0)
 
         with self._tally.timed() as timings, clock(timings, "decode"):

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from cache2cache.cli import app
 from cache2cache.cli.listening import bind, only_this_machine, url
+from cache2cache.serve.admission import Limits
 from cache2cache.serve.embedded import TransformersEngine
 from cache2cache.serve.queued import QueuedEngine
 from cache2cache.serve.server import Server
@@ -26,9 +27,9 @@ def run(monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> dict[str, Any
     """Keeps the server from running; what it would have run is in the dict, and what was loaded."""
     real = TransformersEngine.__init__
 
-    def engine(self: TransformersEngine, pair: Any, **options: Any) -> None:
-        asked["engine"] = options
-        real(self, pair, **options)
+    def engine(self: TransformersEngine, pair: Any, limits: Limits, **options: Any) -> None:
+        asked["engine"] = limits, options
+        real(self, pair, limits, **options)
 
     def serve(self: Server, sockets: list[socket.socket]) -> None:
         asked.update(app=self.config.app, sockets=sockets)
@@ -50,9 +51,7 @@ def test_the_demo_pair_for_this_machine_by_default(run: dict[str, Any]):
     assert c2c() == 0
     assert (run["receiver"], run["sharers"], run["fusers"]) == ("smollm2-135m", ["qwen2.5-coder-1.5b"], ["demo"])
     assert run["sockets"][0].getsockname()[0] == "127.0.0.1"
-    assert run["engine"] == {
-        "max_batch": 16, "max_waiting": 64, "max_new_tokens": 1024, "memory_bytes": None, "prefix_bytes": 0,
-    }  # fmt: skip
+    assert run["engine"] == (Limits(16, 64, None, 1024), {"prefix_bytes": 0})
     with TestClient(run["app"]) as client:
         models = client.get("/v1/models").json()["data"]
     assert models[0]["c2c"]["fusers"] == ["demo"]
@@ -64,9 +63,7 @@ def test_options_reach_the_engine_and_the_server(run: dict[str, Any], tmp_path: 
     keys.write_text(f"{KEY}\n")
     limits = "--max-batch 2 --max-waiting 3 --max-new-tokens 4 --cache-memory 0.5 --prefix-memory 2 --max-choices 5"
     assert c2c("-r", "r", "-s", "s", "-f", "/home/me/f", "--api-key-file", str(keys), *limits.split()) == 0
-    assert run["engine"] == {
-        "max_batch": 2, "max_waiting": 3, "max_new_tokens": 4, "memory_bytes": 1 << 29, "prefix_bytes": 1 << 31,
-    }  # fmt: skip
+    assert run["engine"] == (Limits(2, 3, 1 << 29, 4), {"prefix_bytes": 1 << 31})
     with TestClient(run["app"]) as client:
         assert client.get("/v1/models").status_code == 401
         client.headers["Authorization"] = f"Bearer {KEY}"
@@ -121,9 +118,9 @@ class TestVllm:
     def installed(self, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         """As if vLLM were installed."""
 
-        def engine(self: VllmEngine, pair: Any, **options: Any) -> None:
-            run["vllm"] = options
-            QueuedEngine.__init__(self, pair, Worker(pair, 1, 1, None, 1, 0), 1)
+        def engine(self: VllmEngine, pair: Any, limits: Limits, **options: Any) -> None:
+            run["vllm"] = limits, options
+            QueuedEngine.__init__(self, pair, Worker(pair, limits, 0), limits.max_new_tokens)
 
         monkeypatch.setattr("cache2cache.cli.serve.need", lambda *_: None)
         monkeypatch.setattr(VllmEngine, "__init__", engine)
@@ -133,10 +130,8 @@ class TestVllm:
         options = ["enforce_eager=true", "tensor_parallel_size=2", "kv_cache_dtype=fp8", 'x={"y": "="}']
         given = [part for option in options for part in ("--vllm-option", option)]
         assert c2c("--engine", "vllm", "--max-batch", "3", "--cache-memory", "0.5", *given) == 0
-        assert installed["vllm"] == {
-            "max_batch": 3, "max_waiting": 64, "max_new_tokens": 1024, "memory_bytes": 1 << 29,
-            "options": {"enforce_eager": True, "tensor_parallel_size": 2, "kv_cache_dtype": "fp8", "x": {"y": "="}},
-        }  # fmt: skip
+        reached = {"enforce_eager": True, "tensor_parallel_size": 2, "kv_cache_dtype": "fp8", "x": {"y": "="}}
+        assert installed["vllm"] == (Limits(3, 64, 1 << 29, 1024), {"options": reached})
 
     @pytest.mark.parametrize(
         ("arguments", "said"),

@@ -21,6 +21,7 @@ from cache2cache.errors import (
 from cache2cache.evaluate.scoring import ends_turn
 from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
+from cache2cache.serve.admission import Limits
 from cache2cache.serve.embedded import TransformersEngine
 from cache2cache.serve.engine import Event, Request, Sampling, Usage
 from cache2cache.serve.lane import Lane
@@ -77,11 +78,18 @@ class Got:
         return [one.logprob for step in every for one in step]
 
 
-def serve(pair: C2C, body: Callable[[TransformersEngine], Awaitable[Any]], grace: float = 0.0, **options: Any) -> Any:
+def serve(
+    pair: C2C,
+    body: Callable[[TransformersEngine], Awaitable[Any]],
+    grace: float = 0.0,
+    *,
+    prefix_bytes: int = 0,
+    **limits: Any,
+) -> Any:
     """Run something against an engine, which must be idle afterwards."""
 
     async def main() -> Any:
-        engine = TransformersEngine(pair, **options)
+        engine = TransformersEngine(pair, Limits(**limits), prefix_bytes=prefix_bytes)
         await engine.start()
         try:
             result = await body(engine)
@@ -549,7 +557,7 @@ class TestCancelling:
 class TestStopping:
     def test_lets_those_end_who_run_or_wait(self, c2c):
         async def main():
-            engine = TransformersEngine(c2c, max_batch=1)
+            engine = TransformersEngine(c2c, Limits(max_batch=1))
             await engine.start()
             tasks = [asyncio.create_task(collect(engine, ask())) for _ in range(3)]
             while engine.load().waiting < 2:
@@ -561,7 +569,7 @@ class TestStopping:
 
     def test_cancels_the_rest_after_its_grace(self, c2c):
         async def main():
-            engine = TransformersEngine(c2c, max_batch=1)
+            engine = TransformersEngine(c2c, Limits(max_batch=1))
             await engine.start()
             tasks = [asyncio.create_task(collect(engine, ask(max_tokens=400))) for _ in range(2)]
             while not engine.load().running:

@@ -13,6 +13,7 @@ from langchain_openai import ChatOpenAI
 from cache2cache import C2C
 from cache2cache.fuser.base import Fuser
 from cache2cache.models.load import LanguageModel
+from cache2cache.serve.admission import Limits
 from cache2cache.serve.embedded import TransformersEngine
 from cache2cache.types import Message
 
@@ -35,7 +36,7 @@ def answering(receiver: LanguageModel, sharer: LanguageModel, fuser: Fuser) -> C
 
 @pytest.fixture
 def client(answering: C2C, served: Any) -> Iterator[openai.OpenAI]:
-    with served(TransformersEngine(answering, max_batch=4, max_waiting=8, max_new_tokens=32)) as address:
+    with served(TransformersEngine(answering, Limits(max_batch=4, max_waiting=8, max_new_tokens=32))) as address:
         yield openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0)
 
 

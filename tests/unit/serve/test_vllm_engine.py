@@ -14,6 +14,7 @@ import torch
 
 from cache2cache.errors import ContextLengthError, RequestError
 from cache2cache.pipeline import C2C
+from cache2cache.serve.admission import Limits
 from cache2cache.serve.embedded import TransformersEngine
 from cache2cache.serve.engine import Event, Request, Sampling, Usage
 from cache2cache.serve.queued import QueuedEngine
@@ -59,7 +60,7 @@ def engine(c2c: C2C, loop: asyncio.Runner, tmp_path_factory: pytest.TempPathFact
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         engine = VllmEngine(
             c2c,
-            max_new_tokens=64,
+            Limits(max_new_tokens=64),
             options={"enforce_eager": True, "block_size": BLOCK, "num_gpu_blocks_override": 25},
         )
         loop.run(engine.start())
@@ -118,7 +119,7 @@ def request(text: str = TEXTS[1], sharers: Sequence[int] = (0,), **sampling: Any
 
 def embedded(c2c: C2C, *requests: Request) -> list[Got]:
     async def main() -> list[Got]:
-        engine = TransformersEngine(c2c, max_new_tokens=64)
+        engine = TransformersEngine(c2c, Limits(max_new_tokens=64))
         await engine.start()
         try:
             return await _together(engine, requests)

@@ -16,7 +16,7 @@ from cache2cache.fuser.base import Fuser
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
-from cache2cache.serve.admission import per_position
+from cache2cache.serve.admission import Limits, per_position
 from cache2cache.serve.engine import Request, Sampling
 from cache2cache.serve.job import Answer, Job
 from cache2cache.serve.payload import ids_digest
@@ -39,8 +39,9 @@ class Handed:
         self.got: dict[Job, tuple[Answer, str | None]] = {}
         self.changed = threading.Condition()
         self.loop = asyncio.new_event_loop()
-        limits = {"max_batch": 8, "max_waiting": 8, "memory_bytes": None, "max_new_tokens": 16, **limits}
-        self.worker = PrefillWorker(pair, self.store, self.hand, **limits)
+        self.worker = PrefillWorker(
+            pair, self.store, self.hand, Limits(**{"max_batch": 8, "max_waiting": 8, "max_new_tokens": 16, **limits})
+        )
         self.thread = threading.Thread(target=self.worker.run)
 
     def hand(self, answer: Answer, name: str | None) -> None:

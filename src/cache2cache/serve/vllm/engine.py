@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache2cache.errors import ModelError, RequestError
 from cache2cache.pipeline import C2C
+from cache2cache.serve.admission import DEFAULT, Limits
 from cache2cache.serve.engine import Request
 from cache2cache.serve.job import Answer, Job
 from cache2cache.serve.queued import QueuedEngine
@@ -51,34 +52,21 @@ class VllmEngine(QueuedEngine):
     take a second vLLM.
 
     Args:
-        max_batch: most answers that are read for or written at a time.
-        max_waiting: most requests that wait beside them.
-        memory_bytes: of fused caches on their way to vLLM, which has its own limit for those that it holds; None for
-            no limit.
-        max_new_tokens: most tokens of an answer, and as many as are written when a request does not say.
+        limits: memory is that of fused caches on their way to vLLM, which has its own limit for those that it holds.
         options: of vLLM's `AsyncEngineArgs`, such as tensor_parallel_size.
 
     Raises:
         RequestError: an option that is not the caller's to choose.
     """
 
-    def __init__(
-        self,
-        pair: C2C,
-        *,
-        max_batch: int = 16,
-        max_waiting: int = 64,
-        memory_bytes: int | None = None,
-        max_new_tokens: int = 1024,
-        options: Mapping[str, Any] | None = None,
-    ):
-        self._max_batch, self._options = max_batch, dict(options or {})
-        own = {"model", "kv_transfer_config", *_own_options(pair, max_batch)}
+    def __init__(self, pair: C2C, limits: Limits = DEFAULT, *, options: Mapping[str, Any] | None = None):
+        self._max_batch, self._options = limits.max_batch, dict(options or {})
+        own = {"model", "kv_transfer_config", *_own_options(pair, limits.max_batch)}
         if taken := sorted(self._options.keys() & own):
             raise RequestError("the engine chooses these options of vLLM itself", got=", ".join(taken))
         self._store = store.OwnStore()
-        worker = PrefillWorker(pair, self._store, self._hand, max_batch, max_waiting, memory_bytes, max_new_tokens)
-        super().__init__(pair, worker, max_new_tokens)
+        worker = PrefillWorker(pair, self._store, self._hand, limits)
+        super().__init__(pair, worker, limits.max_new_tokens)
         self._prefill = worker
         self._llm: AsyncLLM | None = None
         self._writing: dict[Job, tuple[Answer, asyncio.Task[None]]] = {}

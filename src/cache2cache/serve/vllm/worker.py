@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from cache2cache.decoding import end_tokens
-from cache2cache.errors import RequestError
 from cache2cache.pipeline import C2C, Prefill
 from cache2cache.serve import reading
-from cache2cache.serve.admission import Budget, Queue, per_position
+from cache2cache.serve.admission import Budget, Limits, Queue, per_position
 from cache2cache.serve.engine import Load
 from cache2cache.serve.job import Answer, Job
 from cache2cache.serve.payload import ids_digest
@@ -24,29 +23,19 @@ class PrefillWorker:
 
     Args:
         hand: called in that thread.
-        max_batch: most answers that are read for or written at a time.
-        memory_bytes: of fused caches on their way, as files and while they are computed.
+        limits: memory is that of fused caches on their way, as files and while they are computed.
     """
 
-    def __init__(
-        self,
-        pair: C2C,
-        store: Store,
-        hand: Hand,
-        max_batch: int,
-        max_waiting: int,
-        memory_bytes: int | None,
-        max_new_tokens: int,
-    ):
-        self.queue = Queue(max_waiting)
+    def __init__(self, pair: C2C, store: Store, hand: Hand, limits: Limits):
+        self.queue = Queue(limits.max_waiting)
         self.tally = Tally()
         self.ends = end_tokens(pair.receiver)
         """Tokens that end an answer."""
         self.context: int | None = None
         """Tokens of prompt and answer that vLLM has room for, if that is less than the model's context."""
         self._pair, self._store, self._hand = pair, store, hand
-        self._max_batch, self._max_new_tokens = max_batch, max_new_tokens
-        self._budget = Budget(memory_bytes, keep=False)
+        self._limits = limits
+        self._budget = Budget(limits.memory_bytes, keep=False)
         self._running: dict[Job, int] = {}  # bytes of their files
         self._gone = 0
         self._full_since: int | None = None  # value of _gone when there was no room for the next
@@ -74,7 +63,7 @@ class PrefillWorker:
 
     def retry_after(self) -> float:
         """Seconds until those who wait now have been answered, about; likewise."""
-        return self.tally.retry_after(len(self.queue), self._max_batch)
+        return self.tally.retry_after(len(self.queue), self._limits.max_batch)
 
     def _held(self) -> int:
         return sum(list(self._running.values()))
@@ -87,7 +76,7 @@ class PrefillWorker:
         gone, full = self._gone, False
         while not full and (job := self.queue.first()):
             try:
-                full = len(self._running) >= self._max_batch or not self._fits([*jobs, job])
+                full = len(self._running) >= self._limits.max_batch or not self._fits([*jobs, job])
             except Exception as error:  # whatever a prompt does to a tokenizer or a template is its sender's to know
                 job.send(error)
                 self.queue.discard(job)
@@ -104,14 +93,9 @@ class PrefillWorker:
         """Whether there is room for the last of these, the others being admitted."""
         if jobs[-1].row is None:
             with self.tally.timed() as timings:
-                reading.tokenise(self._pair, jobs[-1], self._max_new_tokens, timings, self.context)
+                reading.tokenise(self._pair, jobs[-1], self._limits.max_new_tokens, timings, self.context)
         least = self._reading(jobs[-1:]) + self._file(jobs[-1])
-        if not self._budget.fits(least):
-            raise RequestError(
-                "the request needs more memory than the server has",
-                got=f"{least:,} bytes of fused cache", allowed=f"up to {self._budget.limit:,}",
-                hint="Shorten the conversation",
-            )  # fmt: skip
+        self._budget.check(least, "Shorten the conversation")
         return self._budget.fits(self._held() + self._file(jobs[-1]) + self._reading(jobs))
 
     def _file(self, job: Job) -> int:
