@@ -10,7 +10,8 @@ import torch
 from cache2cache.inputs import Row
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel
-from cache2cache.models.prefills import Ids, PrefillStore, left_padded, prefill_rows, row_key
+from cache2cache.models.parts import Ids
+from cache2cache.models.prefills import PrefillStore, left_padded, prefill_rows, row_key
 from cache2cache.pipeline import C2C, Prefill
 from cache2cache.types import Timings, clock
 

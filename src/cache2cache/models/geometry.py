@@ -47,6 +47,16 @@ def geometry(config: PretrainedConfig, name: str) -> Geometry:
     )
 
 
+def attention_window(config: Any) -> int | None:
+    """Tokens that the layer with the shortest sight sees; None if all layers see everything."""
+    text = config.get_text_config(decoder=True)
+    types = getattr(text, "layer_types", None)
+    if types is not None and set(types) <= {"full_attention"}:
+        return None
+    windows = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((window for window in windows if window), default=None)
+
+
 def _ropes(config: Any, layers: int, head_dim: int) -> tuple[tuple[Rope, ...], tuple[int, ...], str | None]:
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:

@@ -53,6 +53,24 @@ def prefill(
     return cache
 
 
+@torch.no_grad()
+def prefill_masked(
+    model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor
+) -> DynamicCache:
+    """As `prefill` of a new cache, where each token stands at a position and sees what the mask lets it.
+
+    Args:
+        ids: (B, n) tokens.
+        positions: (B, n)
+        mask: (B, 1, n, n), added to the scores of attention.
+    """
+    cache = new_cache()
+    model.get_decoder()(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    return cache
+
+
 def extend(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> None:
     """As `prefill`, with gradients towards what the cache holds wherever they are enabled."""
     if ids.shape[1] == 0:
@@ -67,18 +85,24 @@ def extend(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache:
     )
 
 
-def gather(cache: DynamicCache, positions: torch.Tensor, layers: Sequence[int] | None = None) -> torch.Tensor:
+def gather(
+    cache: DynamicCache,
+    positions: torch.Tensor,
+    layers: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+) -> torch.Tensor:
     """Keys and values at chosen positions.
 
     Args:
-        positions: (B, P) cache positions.
+        positions: (R, P) cache positions.
         layers: which layers, in which order; a layer may be named more than once. All by default.
+        rows: the R rows of the batch that they are of; a row may be named more than once. All by default.
     Returns:
-        (2, len(layers), B, H, P, D)
+        (2, len(layers), R, H, P, D)
     """
     chosen = range(len(cache.layers)) if layers is None else layers
-    rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-    read = {i: _at(cache.layers[i], rows, positions) for i in set(chosen)}
+    of = torch.as_tensor(range(len(positions)) if rows is None else rows, device=positions.device)[:, None]
+    read = {i: _at(cache.layers[i], of, positions) for i in set(chosen)}
     return torch.stack([torch.stack([read[i][x] for i in chosen]) for x in (0, 1)])
 
 

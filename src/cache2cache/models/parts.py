@@ -10,6 +10,9 @@ import torch
 
 from cache2cache.errors import DataError
 
+Ids = Sequence[int] | np.ndarray
+"""Token ids of one prompt."""
+
 Chosen = Sequence[int] | np.ndarray | None
 """Positions or layers; None is all."""
 
@@ -66,3 +69,19 @@ def _picked(cache: torch.Tensor, dim: int, wanted: Chosen, held: np.ndarray | No
     if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
         return cache.narrow(dim, int(index[0]), len(index))
     return cache.index_select(dim, torch.as_tensor(index))
+
+
+def right_padded(rows: Sequence[Ids]) -> torch.Tensor:
+    """Ids or positions as one tensor (B, N), zeros on the right; N is at least 1."""
+    padded = torch.zeros((len(rows), max(1, *map(len, rows))), dtype=torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.as_tensor(row)
+    return padded
+
+
+def chosen_positions(prompts: Sequence[Ids], positions: Sequence[Chosen] | None) -> list[np.ndarray]:
+    """Positions of each prompt, all of them where nothing is chosen."""
+    every = [np.arange(len(ids)) for ids in prompts]
+    if positions is None:
+        return every
+    return [whole if some is None else np.asarray(some) for some, whole in zip(positions, every, strict=True)]

@@ -10,6 +10,7 @@ On disk a record is one tensor (2, L, H, P, D) named by its key. If it holds onl
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,15 +21,13 @@ import numpy as np
 import torch
 
 from cache2cache.errors import DataError
-from cache2cache.models import kv
+from cache2cache.models import kv, trees
 from cache2cache.models.filling import fill
 from cache2cache.models.load import LanguageModel, weights_fingerprint
-from cache2cache.models.parts import Chosen, Part
+from cache2cache.models.parts import Chosen, Ids, Part, chosen_positions, right_padded
 from cache2cache.models.shards import Shard, Shards, damaged
+from cache2cache.models.trees import Tree
 from cache2cache.types import ModelCard
-
-Ids = Sequence[int] | np.ndarray
-"""Token ids of one prompt."""
 
 _POSITIONS, _LAYERS = ".positions", "layers"
 
@@ -50,21 +49,12 @@ def prefill_rows(
         positions: which ones of each prompt; all by default.
         layers: which ones, in which order; all by default.
     """
-    ids = _right_padded(prompts)
-    mask = _right_padded([np.ones(len(row)) for row in prompts])
-    chosen = [np.arange(len(row)) for row in prompts]
-    if positions is not None:
-        chosen = [every if some is None else some for some, every in zip(positions, chosen, strict=True)]
+    ids = right_padded(prompts)
+    mask = right_padded([np.ones(len(row)) for row in prompts])
+    chosen = chosen_positions(prompts, positions)
     cache = kv.prefill(lm.model, ids.to(lm.device), mask.to(lm.device))
-    read = kv.gather(cache, _right_padded(chosen).to(lm.device), None if layers is None else list(layers)).to("cpu")
+    read = kv.gather(cache, right_padded(chosen).to(lm.device), None if layers is None else list(layers)).to("cpu")
     return [read[:, :, i, :, : len(row)].clone() for i, row in enumerate(chosen)]
-
-
-def _right_padded(rows: Sequence[Ids]) -> torch.Tensor:
-    padded = torch.zeros((len(rows), max(1, *map(len, rows))), dtype=torch.long)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.as_tensor(row)
-    return padded
 
 
 def left_padded(caches: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -182,6 +172,8 @@ class PrefillStore:
     ) -> None:
         """Prefill whatever is missing; an interrupted call goes on where it stopped. Says first how much that is.
 
+        Prompts that begin alike are read together, their common beginning once.
+
         With several processes, each computes a part, and all of them call this.
 
         Args:
@@ -198,11 +190,30 @@ class PrefillStore:
         wanted = self._wanted(prompts, positions, layers)
         kept = wanted[0].part.layers if wanted else None
 
+        @functools.cache
+        def readable() -> bool:
+            return trees.readable(lm, max(p.tokens for p in wanted))
+
+        def grown(todo: Sequence[_Prompt]) -> list[Tree]:
+            prompts = [p.ids for p in todo]
+            found = trees.grow(prompts, [p.key for p in todo])
+            return found if len(found) == len(todo) or readable() else trees.alone(prompts)
+
+        def batched(todo: Sequence[_Prompt]) -> Iterator[list[_Prompt]]:
+            found = grown(todo)
+            for batch in by_length([range(tree.tokens) for tree in found], batch_tokens):
+                yield [todo[i] for at in batch for i in found[at].rows]
+
         def computed(batch: Sequence[_Prompt]) -> dict[str, torch.Tensor]:
-            caches = prefill_rows(lm, [p.ids for p in batch], [p.part.positions for p in batch], kept)
-            places = {p.key + _POSITIONS: p.part.positions for p in batch if p.part.positions is not None}
+            prompts, places = [p.ids for p in batch], [p.part.positions for p in batch]
+            found = grown(batch)
+            if len(found) == len(batch):
+                caches = prefill_rows(lm, prompts, places, kept)
+            else:
+                caches = trees.read(lm, prompts, found, places, kept)
+            kept_places = {p.key + _POSITIONS: p.part.positions for p in batch if p.part.positions is not None}
             return dict(zip((p.key for p in batch), caches, strict=True)) | {
-                name: torch.as_tensor(place) for name, place in places.items()
+                name: torch.as_tensor(place) for name, place in kept_places.items()
             }
 
         fill(
@@ -210,7 +221,7 @@ class PrefillStore:
             f"prefills of {self.card.id}",
             wanted,
             lambda prompt: self._find(prompt.key, prompt.part) is not None,
-            lambda todo: ([todo[i] for i in batch] for batch in by_length([p.ids for p in todo], batch_tokens)),
+            batched,
             computed,
             None if kept is None else {_LAYERS: json.dumps(kept.tolist())},
         )

@@ -88,10 +88,10 @@ def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI
         except LookupError as error:
             return refusal(error, ready=lifecycle.ready)
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Whether the server is alive."""
-        return {"status": "ok"}
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """Whether the server is alive, and with it what answers."""
+        return JSONResponse({"status": "ok"}) if lifecycle.alive else JSONResponse({"status": "dead"}, 503)
 
     @app.get("/ready", response_model=None)
     async def ready() -> Response:

@@ -111,6 +111,11 @@ class Engine(Protocol):
         """Name of the receiver."""
         ...
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can answer at all. Once it has died it does not come back."""
+        ...
+
     async def start(self) -> None:
         """Load what is needed; returns once requests can be answered."""
         ...

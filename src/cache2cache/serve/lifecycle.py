@@ -16,14 +16,23 @@ class Lifecycle:
     def __init__(self, engine: Engine, settings: ServeSettings):
         self._engine, self._settings = engine, settings
         self._drained: asyncio.Task[None] | None = None
-        self.ready = False
+        self._open = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether it does what it is there for, or comes to an orderly end; otherwise it has to be started again."""
+        return self._drained is not None or self._engine.alive
+
+    @property
+    def ready(self) -> bool:
         """Whether new requests should be sent here."""
+        return self._open and self._engine.alive
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
         """The time of one server."""
         await self._engine.start()
-        self.ready = True
+        self._open = True
         try:
             yield
         finally:
@@ -31,7 +40,7 @@ class Lifecycle:
 
     async def drain(self) -> None:
         """Be not ready any more, serve on until that has been noticed, then let the engine finish what it has."""
-        self.ready = False
+        self._open = False
         if self._drained is None:
             self._drained = asyncio.create_task(self._drain())
         await asyncio.shield(self._drained)

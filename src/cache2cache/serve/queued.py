@@ -62,6 +62,11 @@ class QueuedEngine:
         """See `Engine`."""
         return self._pair.receiver.card.id
 
+    @property
+    def alive(self) -> bool:
+        """See `Engine`."""
+        return self._thread.is_alive()
+
     async def start(self) -> None:
         """See `Engine`."""
         self._thread.start()

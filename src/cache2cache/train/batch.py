@@ -46,9 +46,9 @@ class TrainRow:
     row: Row
     """The prompt on both sides, with one sharer."""
     response: np.ndarray
-    """(T,) the receiver's tokens, with the end of its turn."""
+    """(T,) the receiver's tokens that are learned: the response and the end of its turn, or the beginning of that."""
     text: str
-    """The response as text, without the end of the turn."""
+    """The whole response as text, without the end of the turn."""
 
     @property
     def first_stop(self) -> int:

@@ -49,6 +49,8 @@ class Source(_Part):
     """An evaluation task: its training rows, as the evaluation asks them."""
     limit: int | None = Field(default=None, gt=0)
     """Take a random sample of this many; of a stream, the first ones."""
+    neighbours: int = Field(default=1, gt=0)
+    """Sample runs of this many rows that follow one another. If those share a passage, the models read it once."""
     weight: float | None = Field(default=None, gt=0)
     """Share of the mixture, relative to the others'. With weights, rows of the sources are drawn in these proportions until
     one source is used up; all sources have one, or none."""
@@ -59,6 +61,8 @@ class Source(_Part):
             raise ValueError("a source has exactly one of path, hub, task")
         if self.hub is None and (self.subset is not None or self.revision is not None):
             raise ValueError("only hub data sets have a subset or a revision")
+        if self.neighbours > 1 and self.limit is None:
+            raise ValueError("neighbours needs a limit: without one all rows are taken")
         return self
 
     @property
@@ -80,6 +84,9 @@ class DataPart(_Part):
     max_tokens: int | None = Field(default=None, gt=1)
     """Longest prompt and response together, on either side. Longer prompts lose words from the beginning of their longest
     message; a row whose response alone is too long is dropped and named."""
+    response_tokens: int | None = Field(default=None, gt=0)
+    """Learn only the first so many tokens of a response. What a sharer has thought ahead shows there; in a long response it
+    is a small part of the loss."""
     stream: bool = False
     """Read rows as they come instead of holding them; needs `optim.max_steps` and computes every prefill when it is needed."""
     shuffle_buffer: int = Field(default=1000, gt=0)
@@ -173,11 +180,15 @@ class Recipe(_Part):
     watch: WatchPart = WatchPart()
 
     @model_validator(mode="after")
-    def _streams(self) -> Self:
+    def _possible(self) -> Self:
         if self.data.stream and self.optim.max_steps is None:
             raise ValueError("data.stream needs optim.max_steps, since nobody knows where a stream ends")
         if self.data.stream and self.optim.bucket:
             raise ValueError("optim.bucket needs the rows' lengths, which data.stream does not know")
+        if self.data.response_tokens is not None and self.objective.distill:
+            raise ValueError("objective.distill follows whole responses, and data.response_tokens cuts them off")
+        if self.data.stream and any(source.neighbours > 1 for source in self.data.train):
+            raise ValueError("neighbours samples rows, and data.stream takes them as they come")
         return self
 
 

@@ -90,8 +90,9 @@ def prepare_rows(recipe: Recipe, pair: C2C, machine: Machine) -> Prepared:
     examples = []
     if not data.stream:
         examples = sources.read(data.train, machine, seed=recipe.seed, turns=data.turns, keep=avoid.keep)
-    train, long_train = train_rows(examples, pair, max_tokens=data.max_tokens)
-    validation, long_validation = train_rows(chosen, pair, max_tokens=data.max_tokens)
+    lengths = {"max_tokens": data.max_tokens, "response_tokens": data.response_tokens}
+    train, long_train = train_rows(examples, pair, **lengths)
+    validation, long_validation = train_rows(chosen, pair, **lengths)
     prepared = Prepared(train, validation, [*avoid.dropped, *long_train, *long_validation], avoid)
     if not validation or not (train or data.stream):
         raise DataError("no row is left to train or to validate on", got=f"dropped: {_counted(prepared.dropped)}")

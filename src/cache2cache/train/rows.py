@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ _SHORTEN = "Set data.max_tokens to shorten long prompts"
 
 
 def train_rows(
-    examples: Iterable[Example], pair: C2C, *, max_tokens: int | None = None
+    examples: Iterable[Example], pair: C2C, *, max_tokens: int | None = None, response_tokens: int | None = None
 ) -> tuple[list[TrainRow], list[Dropped]]:
     """Examples as both models read them, and those that cannot be trained on.
 
@@ -32,6 +33,7 @@ def train_rows(
         max_tokens: longest prompt and response together, on either side. While a row is longer than this, or than a model's
             context, its longest message loses its first word; templates stay whole, and every message keeps a word.
             A row that does not fit even so is dropped. None shortens nothing.
+        response_tokens: of a response, only the first so many are learned, once the row fits as a whole.
 
     Raises:
         ContextLengthError: without `max_tokens`, a row that is longer than a model's context.
@@ -50,7 +52,7 @@ def train_rows(
         if row is None:
             dropped.append(Dropped(example.place, "too long"))
         else:
-            rows.append(row)
+            rows.append(replace(row, response=row.response[:response_tokens]))
     return rows, dropped
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,20 @@ def read(
         if len(rows) < (source.limit or 1):
             got = f"{len(rows)}, and {len(every) - len(rows)} that are kept out"
             raise DataError(f"{source.name} has too few rows", got=got, allowed=f"at least {source.limit or 1}")
-        samples.append(rows if source.limit is None else random.Random(seed).sample(rows, source.limit))
+        samples.append(_sample(rows, source, random.Random(seed)))
     if weights is None:
         return [row for sample in samples for row in sample]
     return list(_mixed([iter(sample) for sample in samples], weights, random.Random(seed)))
+
+
+def _sample(rows: list[Example], source: Source, draw: random.Random) -> list[Example]:
+    if source.limit is None:
+        return rows
+    if source.neighbours == 1:
+        return draw.sample(rows, source.limit)
+    starts = range(0, len(rows), source.neighbours)
+    runs = (rows[start : start + source.neighbours] for start in draw.sample(starts, len(starts)))
+    return list(islice(chain.from_iterable(runs), source.limit))
 
 
 class Stream(Iterable[Example]):
@@ -145,7 +156,8 @@ def _examples(
 ) -> Iterator[Example]:
     if source.task is not None:
         task = tasks.get(source.task)
-        for item in tasks.load(task, split="train", data_dir=machine.data_dir, seed=seed).items:
+        order = seed if source.neighbours == 1 else None
+        for item in tasks.load(task, split="train", data_dir=machine.data_dir, seed=order).items:
             yield Example(list(item.messages), item.target, item.topic, f"{task.name}, row {item.id}")
         return
     for place, row in raw_rows(source, machine, streaming=streaming):

@@ -11,7 +11,8 @@ import torch
 from cache2cache.fuser.compact import CompactFuser
 from cache2cache.fuser.statistics import FeatureStatistics
 from cache2cache.models.load import LanguageModel
-from cache2cache.models.prefills import Ids, by_length, prefill_rows
+from cache2cache.models.parts import Ids
+from cache2cache.models.prefills import by_length, prefill_rows
 from cache2cache.pipeline import C2C
 from cache2cache.train.batch import Item
 from cache2cache.verify import check_rotation

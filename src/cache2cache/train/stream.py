@@ -46,7 +46,9 @@ class RowStream(IterableDataset[Item]):
             examples.set_epoch(number)
             empty = True
             for example in examples:
-                rows, too_long = train_rows([example], self._pair, max_tokens=data.max_tokens)
+                rows, too_long = train_rows(
+                    [example], self._pair, max_tokens=data.max_tokens, response_tokens=data.response_tokens
+                )
                 self._too_long |= {row.place: row for row in too_long}
                 for row in rows:
                     empty = False

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cache2cache.models import trees
 from cache2cache.models.load import LanguageModel
-from cache2cache.models.prefills import Ids, PrefillStore, by_length, default_batch_tokens, row_key
+from cache2cache.models.parts import Ids
+from cache2cache.models.prefills import PrefillStore, by_length, default_batch_tokens, row_key
 from cache2cache.models.skeleton import head_weight, layer_weights
 from cache2cache.pipeline import C2C
 from cache2cache.train.batch import TrainRow
@@ -169,11 +171,14 @@ def teaching(pair: C2C, rows: Sequence[TrainRow], top: int, device: torch.device
 
 
 def _read(lm: LanguageModel, prompts: Sequence[Ids], device: torch.device, disk: float) -> Reading:
-    """Of prefills in batches of about equal length, as `PrefillStore.compute` makes them."""
+    """Of prefills, trees of about equal length in a batch, as `PrefillStore.compute` makes them."""
     if not prompts:
         return Reading()
-    batches = list(by_length(prompts, default_batch_tokens(device)))
-    padded = [len(batch) * len(prompts[batch[0]]) for batch in batches]
+    together = trees.sees_all(lm, max(map(len, prompts)))
+    found = trees.grow(prompts, [*map(row_key, prompts)]) if together else trees.alone(prompts)
+    sequences = [range(tree.tokens) for tree in found]
+    batches = list(by_length(sequences, default_batch_tokens(device)))
+    padded = [len(batch) * len(sequences[batch[0]]) for batch in batches]
     middle = batches[int(np.searchsorted(np.cumsum(padded), sum(padded) / 2))]
-    seconds, memory = prefill_cost(lm, len(middle), len(prompts[middle[0]]), device)
-    return Reading(seconds * sum(padded) / (len(middle) * len(prompts[middle[0]])), memory, disk)
+    seconds, memory = prefill_cost(lm, len(middle), len(sequences[middle[0]]), device)
+    return Reading(seconds * sum(padded) / (len(middle) * len(sequences[middle[0]])), memory, disk)

@@ -34,6 +34,7 @@ class ScriptedEngine:
     receiver: str = "small"
     sharers: Sequence[str] = ("big", "other")
     alone: Sequence[int] = (0, 1)
+    alive: bool = True
     script: Callable[[Request], Sequence[Step]] = lambda _: ScriptedEngine.said("Hello", " there")
     asked: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)

@@ -208,6 +208,12 @@ def test_the_engine_lives_as_long_as_the_server(engine: Any):
     assert engine.stopped_with == 7
 
 
+def test_a_server_whose_engine_has_died_says_so(client: TestClient, engine: Any):
+    engine.alive = False
+    assert (client.get("/health").status_code, client.get("/health").json()) == (503, {"status": "dead"})
+    assert (client.get("/ready").status_code, client.get("/ready").json()) == (503, {"ready": False})
+
+
 def test_a_stopping_server_is_unavailable_rather_than_busy(client: TestClient, engine: Any):
     lifecycle = client.app.state.lifecycle  # type: ignore[attr-defined]
     client.portal.call(lifecycle.drain)  # type: ignore[union-attr]

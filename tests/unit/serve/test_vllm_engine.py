@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -280,3 +281,24 @@ def test_vllm_answers_nothing_without_the_cache_that_was_named(
 def test_options_that_are_the_engines_own(c2c: C2C):
     with pytest.raises(RequestError, match="dtype, model"):
         VllmEngine(c2c, options={"model": "x", "dtype": "float16", "enforce_eager": True})
+
+
+def test_vllm_dies(engine: VllmEngine, loop: asyncio.Runner):
+    """Last, since it does not come back."""
+
+    async def main() -> None:
+        running = asyncio.create_task(_collect(engine, request("a" * 120, max_tokens=64)))
+        async with asyncio.timeout(60):
+            while not engine.load().running:
+                await asyncio.sleep(0.01)
+            assert engine.alive
+            for process in multiprocessing.active_children():
+                process.kill()
+            with pytest.raises(Exception, match="EngineCore"):
+                await running
+            while engine.alive:
+                await asyncio.sleep(0.01)
+            with pytest.raises(Exception, match="EngineCore"):
+                await _collect(engine, request())
+
+    loop.run(main())

@@ -53,6 +53,7 @@ def test_nothing_is_said_of_a_right_one():
         ("fuser", 0, "fuser: Input should be a valid dictionary"),
         ("data.train", [], "data.train: Tuple should have at least 1 item"),
         ("data.train.0.limit", -1, "data.train.0.limit: Input should be greater than 0 (got -1)"),
+        ("data.train.0.neighbours", 4, "data.train.0: neighbours needs a limit"),
         ("data.train.0.task", "arc-easy", "data.train.0: a source has exactly one of path, hub, task"),
         ("optim.learning_rate", math.inf, "optim.learning_rate: Input should be a finite number"),
         ("objective.response", 0, "objective: response and distill are both 0: nothing to learn from"),

@@ -112,6 +112,20 @@ def test_overrides_that_are_refused(write: Write, override: str, words: str):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.response_tokens=4", "objective.distill=1"], "objective.distill follows whole responses"),
+        (["data.stream=true", "optim.max_steps=9", "data.train.1.neighbours=2"], "neighbours samples rows"),
+        (["data.stream=true", "optim.max_steps=9", "optim.bucket=true"], "optim.bucket needs the rows' lengths"),
+    ],
+)
+def test_fields_that_exclude_one_another(write: Write, overrides: list[str], words: str):
+    with pytest.raises(RecipeError) as error:
+        read_recipe(write(), overrides)
+    assert words in str(error.value)
+
+
 def test_all_that_is_wrong_with_overrides_and_file_is_told_at_once(write: Write):
     with pytest.raises(RecipeError) as error:
         read_recipe(write(PLAIN + "[optim]\nepochs = 0\n"), ["nonsense", "data.train.9.limit=1", "seed=x"])

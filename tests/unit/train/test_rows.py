@@ -44,6 +44,15 @@ def test_a_row_holds_the_prompt_of_both_sides_and_the_response_with_its_end(c2c)
     assert (row.text, dropped) == ("yes", [])
 
 
+def test_of_a_long_response_the_beginning_is_learned(c2c):
+    rows, _ = train_rows([example("Be brief.", "which?", response="because it is so")], c2c)
+    cut, _ = train_rows([example("Be brief.", "which?", response="because it is so")], c2c, response_tokens=4)
+    assert len(rows[0].response) > 4 and (cut[0].response == rows[0].response[:4]).all()
+    assert cut[0].text == "because it is so"
+    (short,), _ = train_rows([example("Be brief.", "which?")], c2c, response_tokens=99)
+    assert c2c.receiver.tokenizer.decode(short.response) == "yes" + c2c.receiver.tokenizer.eos_token
+
+
 def test_behind_a_word_a_response_begins_with_a_space(pair):
     """As an evaluation measures it: "Answer:" asks for " B"."""
     receiver, sharer = pair

@@ -182,6 +182,25 @@ def test_a_sample_follows_its_seed_and_counts_only_rows_that_are_kept(tmp_path, 
         read([source], machine, seed=0, turns="last", keep=lambda row: row.asked in ("row 1?", "row 2?"))
 
 
+def test_a_sample_of_neighbours_is_made_of_runs(tmp_path, machine):
+    source = write(tmp_path, "a.jsonl", numbered(48)).model_copy(update={"limit": 12, "neighbours": 4})
+    first, again, other = (asked(read([source], machine, seed=seed, turns="last")) for seed in (0, 0, 1))
+    assert first == again != other
+    runs = [[f"row {start + i}?" for i in range(4)] for start in range(0, 48, 4)]
+    assert all(first[i : i + 4] in runs for i in (0, 4, 8)) and len(set(first)) == 12
+
+
+def test_a_tasks_neighbours_are_those_that_were_published(tmp_path, machine):
+    (tmp_path / "squad").mkdir()
+    rows = [
+        {"id": f"{i}", "title": "t", "context": f"It is {i // 4}.", "question": f"What is {i}?", "answers": ["it"]}
+        for i in range(40)
+    ]
+    write(tmp_path, "squad/train.jsonl", rows)
+    found = one(Source(task="squad", limit=8, neighbours=4), machine)
+    assert len({example.messages[0]["content"].split("\n")[0] for example in found}) == 2
+
+
 def test_a_source_without_rows_is_an_error(tmp_path, machine):
     source = write(tmp_path, "a.jsonl", [])
     with pytest.raises(DataError, match=r"a\.jsonl has too few rows"):

@@ -15,7 +15,7 @@ from cache2cache.evaluate.tasks.base import File, Loaded, Source, Split, Task
 
 
 def load(
-    task: Task, *, split: Split = "test", data_dir: Path | None = None, limit: int | None = None, seed: int = 0
+    task: Task, *, split: Split = "test", data_dir: Path | None = None, limit: int | None = None, seed: int | None = 0
 ) -> Loaded:
     """The rows of a split in an order drawn by the seed, all of them or the first `limit`.
 
@@ -26,6 +26,7 @@ def load(
     Args:
         data_dir: folder of data sets, `<set>/<split>.jsonl.zst` or `.jsonl`; None for the hub. A user's own file is read
             from where it lies.
+        seed: None keeps the order in which they are published.
 
     Raises:
         DataError: no such split or file, a row of another form, two rows with one id, no rows left, a bad limit.
@@ -48,7 +49,8 @@ def load(
     if not items:
         raise DataError(f"the task {task.name} has no rows to ask", got=f"{place}, left out: {dict(dropped)}")
     size = len(items) if limit is None else min(limit, len(items))
-    return Loaded(random.Random(seed).sample(items, size), dict(dropped.most_common()), place)
+    chosen = items[:size] if seed is None else random.Random(seed).sample(items, size)
+    return Loaded(chosen, dict(dropped.most_common()), place)
 
 
 def find(data_dir: Path, source: Source) -> Path:

@@ -71,6 +71,11 @@ class VllmEngine(QueuedEngine):
         self._llm: AsyncLLM | None = None
         self._writing: dict[Job, tuple[Answer, asyncio.Task[None]]] = {}
 
+    @property
+    def alive(self) -> bool:
+        """See `Engine`. It dies with vLLM's processes."""
+        return super().alive and not self._running_llm.errored
+
     async def start(self) -> None:
         """See `Engine`.
 
