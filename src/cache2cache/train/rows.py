@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ def train_rows(
         max_tokens: longest prompt and response together, on either side. While a row is longer than this, or than a model's
             context, its longest message loses its first word; templates stay whole, and every message keeps a word.
             A row that does not fit even so is dropped. None shortens nothing.
-        response_tokens: of a response, only the first so many are learned, once the row fits as a whole.
+        response_tokens: of a response, only the first so many are learned, and count.
 
     Raises:
         ContextLengthError: without `max_tokens`, a row that is longer than a model's context.
@@ -43,7 +42,7 @@ def train_rows(
     rows, dropped = [], []
     for example in examples:
         try:
-            row = _fitted(example, pair, max_tokens)
+            row = _fitted(example, pair, max_tokens, response_tokens)
         except C2CError as error:
             hint = _SHORTEN if isinstance(error, ContextLengthError) else error.hint
             raise type(error)(
@@ -52,23 +51,24 @@ def train_rows(
         if row is None:
             dropped.append(Dropped(example.place, "too long"))
         else:
-            rows.append(replace(row, response=row.response[:response_tokens]))
+            rows.append(row)
     return rows, dropped
 
 
-def _fitted(example: Example, pair: C2C, max_tokens: int | None) -> TrainRow | None:
+def _fitted(example: Example, pair: C2C, max_tokens: int | None, response_tokens: int | None) -> TrainRow | None:
     if max_tokens is None:
-        row = _row(example.messages, example.response, pair)
-        _check(row, pair)
+        row = _row(example.messages, example.response, pair, response_tokens)
+        _check(_lengths(row, pair, response_tokens), pair)
         return row
 
     def fitting(words: int) -> TrainRow | None:
         try:
-            row = _row(shortened(example.messages, words), example.response, pair)
-            _check(row, pair)
+            row = _row(shortened(example.messages, words), example.response, pair, response_tokens)
+            lengths = _lengths(row, pair, response_tokens)
+            _check(lengths, pair)
         except ContextLengthError:
             return None
-        return row if max(_lengths(row, pair)) <= max_tokens else None
+        return row if max(lengths) <= max_tokens else None
 
     most = sum(len(_WORD.findall(message["content"])) for message in example.messages)
     least = sum(bool(message["content"].strip()) for message in example.messages)
@@ -105,28 +105,29 @@ def shortened(messages: Sequence[Message], words: int) -> list[Message]:
     ]
 
 
-def _row(messages: Sequence[Message], response: str, pair: C2C) -> TrainRow:
+def _row(messages: Sequence[Message], response: str, pair: C2C, response_tokens: int | None) -> TrainRow:
     (row,) = pair.rows([messages])
     end = pair.receiver.tokenizer.eos_token_id
     if end is None:
         raise ModelError(f"{pair.receiver.card.id} has no token that ends its turn", hint="Set tokenizer.eos_token")
     ids = _answer(pair.receiver, row.ids, response)
-    return TrainRow(row, np.array([*ids, end], dtype=np.int64), response)
+    return TrainRow(row, np.array([*ids, end], dtype=np.int64)[:response_tokens], response)
 
 
 def _answer(lm: LanguageModel, prompt: np.ndarray, response: str) -> list[int]:
     return target_ids(lm, torch.as_tensor(prompt[-1:]), response)
 
 
-def _lengths(row: TrainRow, pair: C2C) -> tuple[int, int]:
-    """Tokens of prompt and response with the end of the turn, of receiver and sharer."""
+def _lengths(row: TrainRow, pair: C2C, response_tokens: int | None) -> tuple[int, int]:
+    """Tokens of prompt and what is learned of the response with the end of the turn, of receiver and sharer."""
     (sharer,), (part,) = pair.sharers, row.row.sharers
     assert part is not None, "every training row has a sharer"
-    return len(row.row.ids) + len(row.response), len(part.ids) + len(_answer(sharer, part.ids, row.text)) + 1
+    theirs = [*_answer(sharer, part.ids, row.text), None][:response_tokens]
+    return len(row.row.ids) + len(row.response), len(part.ids) + len(theirs)
 
 
-def _check(row: TrainRow, pair: C2C) -> None:
-    for lm, length in zip((pair.receiver, *pair.sharers), _lengths(row, pair), strict=True):
+def _check(lengths: tuple[int, int], pair: C2C) -> None:
+    for lm, length in zip((pair.receiver, *pair.sharers), lengths, strict=True):
         longest = lm.card.geometry.max_positions
         if longest is not None and length > longest:
             raise ContextLengthError(

@@ -49,6 +49,9 @@ def test_of_a_long_response_the_beginning_is_learned(c2c):
     cut, _ = train_rows([example("Be brief.", "which?", response="because it is so")], c2c, response_tokens=4)
     assert len(rows[0].response) > 4 and (cut[0].response == rows[0].response[:4]).all()
     assert cut[0].text == "because it is so"
+    size = len(cut[0].row.ids) + 4
+    kept = train_rows([example("Be brief.", "which?", response="because " * 99)], c2c, max_tokens=99, response_tokens=4)
+    assert len(kept[0]) == 1 and size < 99, "only what is learned has to fit"
     (short,), _ = train_rows([example("Be brief.", "which?")], c2c, response_tokens=99)
     assert c2c.receiver.tokenizer.decode(short.response) == "yes" + c2c.receiver.tokenizer.eos_token
 
