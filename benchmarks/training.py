@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from cache2cache.fuser.base import Fuser
 from cache2cache.models.load import LanguageModel
+from cache2cache.models.rate import products_per_second
 from cache2cache.models.skeleton import head_weight, layer_weights
 from cache2cache.pipeline import C2C
 from cache2cache.train import run
@@ -58,7 +59,8 @@ def main() -> None:
             "with the cache": rows_per_second(recipe, pair, prepared, machine, args.steps),
             "without": rows_per_second(recipe, pair, prepared, _live(machine), args.live_steps),
         }
-        rate = products_per_second(pair.receiver.dtype, device_of(machine))
+        device = device_of(machine)
+        rate = products_per_second(pair.receiver.dtype, device, 2048 if device.type == "cpu" else 8192)
     work = operations(pair, prepared.train)
     tail = work["fuser"] + work["tail"]
     floors = {"with the cache": rate / tail, "without": rate / (tail + work["prefills"])}
@@ -116,20 +118,6 @@ class _Stopwatch(TrainerCallback):
         if args.device.type != "cpu":
             torch.accelerator.synchronize()
         self.ends.append(time.perf_counter())
-
-
-def products_per_second(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second, two for each multiplication, of the fastest of several large matrix products."""
-    size = 2048 if device.type == "cpu" else 8192
-    a, b = torch.randn((2, size, size), device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def operations(pair: C2C, rows: Sequence[TrainRow]) -> dict[str, float]:

@@ -80,6 +80,7 @@ def _devices(problems: list[str]) -> dict[str, Any]:
         problems.append(f"torch cannot be imported: {type(error).__name__}: {error}")
         return devices
     devices["cpu"]["threads"] = torch.get_num_threads()
+    devices["cpu"]["products_per_second"] = _products()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
@@ -89,6 +90,16 @@ def _devices(problems: list[str]) -> dict[str, Any]:
             )  # fmt: skip
     devices["mps"] = torch.backends.mps.is_available()
     return devices
+
+
+def _products() -> dict[str, float]:
+    """Operations per second by dtype. Flags do not tell: there are processors that have bf16 and are slower in it."""
+    import torch
+
+    from cache2cache.models.rate import products_per_second
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return {name: products_per_second(dtype, torch.device("cpu"), 1024) for name, dtype in dtypes.items()}
 
 
 def cpu_flags() -> list[str] | None:
@@ -183,6 +194,10 @@ def _device_rows(devices: dict[str, Any]) -> list[tuple[str, str]]:
     cpu = devices["cpu"]
     flags = "unknown" if cpu["flags"] is None else " ".join(cpu["flags"]) or "none"
     rows = [("cpu", f"{cpu['cores']} cores, {cpu['threads'] or '?'} torch threads, flags: {flags}")]
+    if rates := cpu.get("products_per_second"):
+        said = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items())
+        faster = max(rates, key=lambda name: rates[name])
+        rows.append(("", f"products, G operations/s: {said}; --dtype {faster} reads prompts faster here"))
     rows += [
         (card["device"], f"{card['name']}, {human(card['bytes'])}, bf16 {'yes' if card['bf16'] else 'no'}")
         for card in devices["cuda"]

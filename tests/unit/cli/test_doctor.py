@@ -15,6 +15,7 @@ def test_json(monkeypatch: pytest.MonkeyPatch):
     assert report["problems"] == []
     assert set(report["versions"]) >= {"cache2cache", "python", "torch", "transformers"}
     assert report["devices"]["cpu"]["threads"] >= 1
+    assert all(rate > 1e6 for rate in report["devices"]["cpu"]["products_per_second"].values())
     assert report["cache"]["free_bytes"] > 0
     assert set(report["extras"]) == set(doctor.OFFERS)
 
@@ -24,6 +25,14 @@ def test_text_names_every_section():
     assert result.exit_code == 0, result.output
     for word in ("cache2cache", "torch", "cpu", "cache", *doctor.OFFERS):
         assert word in result.stdout
+
+
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_the_dtype_that_is_faster_is_named(monkeypatch: pytest.MonkeyPatch, faster: str):
+    rates = {"float32": 3e11, "bfloat16": 2e11, faster: 1e12}
+    monkeypatch.setattr(doctor, "_products", lambda: rates)
+    said = " ".join(CliRunner().invoke(app, ["doctor"]).stdout.split())
+    assert f"{faster} 1,000" in said and f"--dtype {faster}" in said
 
 
 def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
