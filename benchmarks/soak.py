@@ -31,6 +31,9 @@ from soak_watch import Watch, log_faults
 
 from cache2cache.cli.pair import quiet_transformers
 
+GRACE = 300
+"""Seconds in which the last answers must come to their end; on a slow machine they take a while."""
+
 MAX_BATCH, MAX_WAITING = 8, 16
 CLIENTS = MAX_BATCH + MAX_WAITING + 12
 """More than can be answered and wait together, so that the queue is full."""
@@ -43,7 +46,9 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=40, help="different ones")
     parser.add_argument("--deaths", type=int, help="of the sharer; one every two minutes, at least two, by default")
     parser.add_argument("--on-sharer-failure", choices=("fail", "receiver-alone"), default="fail")
-    parser.add_argument("--max-growth", type=float, default=64, help="MB that a process may grow by after its warm-up")
+    parser.add_argument(
+        "--max-growth", type=float, default=64, help="MB that a process may grow by after its warm-up, or 3 %% of it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("server", nargs="*", help="behind --: more options of c2c serve")
@@ -76,7 +81,16 @@ def _server(pair: Pair, sharer: str, folder: Path, args: argparse.Namespace) -> 
     port = free_port()
     command = [
         *(*C2C, "serve", "--port", str(port), "--dtype", "float32", "--max-batch", str(MAX_BATCH)),
-        *("--max-waiting", str(MAX_WAITING), "--max-new-tokens", str(LONGEST), "--sharer-timeout", "60"),
+        *(
+            "--grace",
+            str(GRACE),
+            "--max-waiting",
+            str(MAX_WAITING),
+            "--max-new-tokens",
+            str(LONGEST),
+            "--sharer-timeout",
+            "60",
+        ),
         *("--receiver", pair.receiver, "--sharer", sharer, "--fuser", pair.fuser),
         *("--on-sharer-failure", args.on_sharer_failure, *args.server),
     ]
@@ -138,7 +152,7 @@ async def stop(server: Service, target: Target, dice: random.Random) -> None:
         asked = [asyncio.create_task(asking.act("streamed")) for asking in last]
         await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
         target.stopping = True
-        status = await asyncio.to_thread(server.stop, 60)
+        status = await asyncio.to_thread(server.stop, GRACE + 30)
         for outcome in await asyncio.gather(*asked):
             book.counts["last", outcome] += 1
     if status != 0:
@@ -148,7 +162,8 @@ async def stop(server: Service, target: Target, dice: random.Random) -> None:
 def judge_memory(trends: dict[str, Trend], most: float, book: Book) -> None:
     """Growth is a violation, and so is not to have measured the server."""
     for name, trend in trends.items():
-        if trend.growth > most:
+        # What one batch takes varies by some per cent of a large model, and a sharer that is killed soon has read few.
+        if trend.growth > max(most, 0.03 * trend.first):
             book.violation(f"memory of the {name} has grown by {trend.growth:.0f} MB, {trend.slope:.1f} MB per minute")
     if "server" not in trends:
         book.violation("the soak was too short to measure the server's memory")

@@ -52,6 +52,10 @@ def test_growth_is_a_violation_and_so_is_not_to_know():
     soak.judge_memory({"server": Trend(100, 150, 150, 5), "sharer": Trend(100, 210, 210, 9)}, 64, book)
     assert len(book.violations) == 1
     assert "sharer" in book.violations[0]
+    soak.judge_memory({"server": Trend(7500, 7700, 7700, 9)}, 64, book)
+    assert len(book.violations) == 1, "less than 3 % of a large process"
+    soak.judge_memory({"server": Trend(7500, 7800, 7800, 9)}, 64, book)
+    assert len(book.violations) == 2
     soak.judge_memory({}, 64, empty := Book())
     assert "too short" in empty.violations[0]
 
