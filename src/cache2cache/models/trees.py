@@ -54,15 +54,16 @@ def grow(prompts: Sequence[Ids], keys: Sequence[str]) -> list[Tree]:
     order = sorted(range(len(read)), key=lambda i: (read[i], i))
     trees: list[list[int]] = []
     shared: list[int] = []
-    for before, i in zip([None, *order], order, strict=False):
-        common = 0 if before is None else _common(read[before], read[i])
-        whole = before is None or int(keys[before], 16) % _CUT == 0
-        if whole or common < max(_WORTH, len(read[i]) / 2, len(read[before]) / 2):
-            trees.append([i])
-            shared.append(len(read[i]))
-        else:
+    for at, i in enumerate(order):
+        before = order[max(0, at - 1)]
+        common = _common(read[before], read[i])
+        worth = common >= max(_WORTH, len(read[i]) / 2, len(read[before]) / 2)
+        if at and worth and int(keys[before], 16) % _CUT:
             trees[-1].append(i)
             shared[-1] = min(shared[-1], common)
+        else:
+            trees.append([i])
+            shared.append(len(read[i]))
     grown = [
         Tree(tuple(rows), start, start + sum(len(read[i]) - start for i in rows))
         for rows, start in zip(trees, shared, strict=True)
