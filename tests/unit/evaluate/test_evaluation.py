@@ -130,7 +130,15 @@ def test_systems_that_are_added_later_answer_as_if_they_had_been_there(pair, dat
     for systems, controls in (("receiver,t2t:2", ""), ("t2t:3,c2c", "mismatched,zeroed"), (SYSTEMS, None)):
         changes = {"systems": systems} if controls is None else {"systems": systems, "controls": controls}
         evaluate(settings(pair, data, **changes), tmp_path / "run", Machine(batch_size=3, data_dir=data))
-    assert rows(tmp_path / "run") == rows(whole)
+    added, expected = rows(tmp_path / "run"), rows(whole)
+    assert added.keys() == expected.keys()
+    for key, row in added.items():
+        # A system with a limit was asked in smaller batches before it was raised, on which last bits depend.
+        logprobs = expected[key]["letter_logprobs"]
+        assert row == expected[key] | {"letter_logprobs": row["letter_logprobs"]}
+        assert row["letter_logprobs"] == (
+            logprobs and pytest.approx(logprobs, abs=1e-4 if key[1] == "t2t" else 0, rel=0)
+        )
 
 
 @pytest.mark.parametrize(
