@@ -81,16 +81,8 @@ def _server(pair: Pair, sharer: str, folder: Path, args: argparse.Namespace) -> 
     port = free_port()
     command = [
         *(*C2C, "serve", "--port", str(port), "--dtype", "float32", "--max-batch", str(MAX_BATCH)),
-        *(
-            "--grace",
-            str(GRACE),
-            "--max-waiting",
-            str(MAX_WAITING),
-            "--max-new-tokens",
-            str(LONGEST),
-            "--sharer-timeout",
-            "60",
-        ),
+        *("--max-waiting", str(MAX_WAITING), "--max-new-tokens", str(LONGEST), "--sharer-timeout", "60"),
+        *("--grace", str(GRACE)),
         *("--receiver", pair.receiver, "--sharer", sharer, "--fuser", pair.fuser),
         *("--on-sharer-failure", args.on_sharer_failure, *args.server),
     ]
