@@ -19,13 +19,13 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
 from openai import AsyncOpenAI
-from serve_load import Summary, answer, closed_loop
+from serve_load import Sample, Summary, answer, closed_loop
 from services import C2C, Service, free_port
 
 from cache2cache.evaluate.questions import read_questions
@@ -38,10 +38,7 @@ _WARM_UP = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--receiver", default="smollm2-135m")
-    parser.add_argument("--sharer", default="qwen2.5-coder-1.5b")
-    parser.add_argument("--fuser", default="demo")
-    parser.add_argument("--dtype", default="auto")
+    pair_options(parser)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 64], help="longest answers, one load each")
@@ -73,6 +70,14 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(result, indent=1))
     report(loads)
+
+
+def pair_options(parser: argparse.ArgumentParser) -> None:
+    """What is served."""
+    parser.add_argument("--receiver", default="smollm2-135m")
+    parser.add_argument("--sharer", default="qwen2.5-coder-1.5b")
+    parser.add_argument("--fuser", default="demo")
+    parser.add_argument("--dtype", default="auto")
 
 
 @contextmanager
@@ -115,10 +120,7 @@ async def measure(url: str, who: str, args: argparse.Namespace) -> list[dict]:
     async with connect(url) as client:
         model = (await client.models.list()).data[0].id
         for limit, concurrency in itertools.product(args.tokens, args.concurrency):
-
-            async def ask(prompt: str, limit: int = limit):
-                return await answer(client, model, prompt, limit)
-
+            ask = answer_with(client, model, limit)
             warm_up = max(_WARM_UP, concurrency)
             await closed_loop(ask, prompts, concurrency=concurrency, answers=warm_up, seconds=args.seconds)
             samples = await closed_loop(
@@ -127,6 +129,15 @@ async def measure(url: str, who: str, args: argparse.Namespace) -> list[dict]:
             loads.append({"who": who, "limit": limit, "concurrency": concurrency, **Summary.of(samples).json()})
             print(f"{who}, {limit} tokens, {concurrency} at a time: done", file=sys.stderr, flush=True)
     return loads
+
+
+def answer_with(client: AsyncOpenAI, model: str, limit: int) -> Callable[[str], Awaitable[Sample]]:
+    """Asks a model for answers of so many tokens at most."""
+
+    async def ask(prompt: str) -> Sample:
+        return await answer(client, model, prompt, limit)
+
+    return ask
 
 
 def different() -> Iterator[str]:

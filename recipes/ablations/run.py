@@ -53,9 +53,10 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help="folder of prefills; OUT/features by default")
     parser.add_argument("--rows", type=int, default=150, help="held-out rows of each task")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change all recipes: dtype=float32")
     args = parser.parse_args()
 
-    recipes = {name: read_recipe(FOLDER / f"{name}.toml") for name in args.names or names()}
+    recipes = {name: read_recipe(FOLDER / f"{name}.toml", args.set) for name in args.names or names()}
     features = args.features or args.out / "features"
     failed = {}
     for name, recipe in recipes.items():
