@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--features", type=Path, help="folder of prefills; OUT/features by default")
     parser.add_argument("--rows", type=int, default=150, help="held-out rows of each task")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change all recipes: dtype=float32")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as for c2c train, of each recipe"
+    )
     args = parser.parse_args()
 
     recipes = {name: read_recipe(FOLDER / f"{name}.toml", args.set) for name in args.names or names()}

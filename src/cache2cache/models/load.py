@@ -110,6 +110,10 @@ class LanguageModel:
         """Read what the cache does not hold yet, whole, whatever is needed of it. See `Sharer`."""
         return kv.prefill(self.model, ids[:, kv.length(cache) :].to(self.device), mask.to(self.device), cache)
 
+    def release(self) -> None:
+        """Give the memory of the weights back. From then on nothing can be read; tokenizer and card stay."""
+        self.model.to("meta")  # type: ignore[arg-type]
+
     def _probe(self) -> None:
         """Read one token and look at the cache, since configs do not tell what a model really keeps."""
         size = self.card.geometry

@@ -143,18 +143,19 @@ class _Reckoning:
         measured = min(STATISTICS_ROWS, len(self.rows))
         # Trainer fetches the batches of a step together, and accelerate one more.
         learning = largest.learn + self.recipe.optim.accumulate * largest.collate + self.live.memory
-        moments = [
-            learning,
-            self.moments + largest.judge + self.live.memory,
-            on_line(largest.measure, largest.measure_twice, (batch, 2 * batch), measured),
-            self.stored.memory,
-            self.taught.memory,
-        ]
+        training = max(learning, self.moments + largest.judge + self.live.memory)
+        statistics = on_line(largest.measure, largest.measure_twice, (batch, 2 * batch), measured)
+        reading = max(statistics, self.stored.memory, self.taught.memory)
+        theirs = 0.0 if alone else sharer.weights
+        if self.live.seconds or self.devices[0] != self.devices[1]:
+            activations = max(training, reading)
+        else:  # the sharer's weights are given back before the first step: the parts are those of the fullest moment
+            theirs, activations = max((theirs, reading), (0.0, training), key=sum)
         return {
             f"receiver on {self.devices[0]}": receiver.weights,
-            f"sharer on {self.devices[1]}": 0 if alone else sharer.weights,
+            f"sharer on {self.devices[1]}": theirs,
             "fuser": 4 * self.tensors,
-            "activations, gradients, optimizer": max(moments),
+            "activations, gradients, optimizer": activations,
             "Python, libraries, rows": self.process,
         }
 

@@ -14,6 +14,7 @@ from transformers import TrainerState, TrainingArguments, set_seed
 
 from cache2cache.errors import TrainingError
 from cache2cache.fuser.compact import CompactFuser
+from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
 from cache2cache.train import checkpoints, statistics
 from cache2cache.train.arguments import arguments, device_of
@@ -58,6 +59,8 @@ def train(recipe: Recipe, output: Path, machine: Machine, *, resume: bool = Fals
         pair = load_pair(recipe, machine)
         prepared = prepare_rows(recipe, pair, machine)
         trainer = trainer_of(recipe, pair, prepared, machine, args)
+        if isinstance(trainer.train_dataset, FeatureDataset) and trainer.train_dataset.stored:
+            _release_sharer(pair)
         try:
             _run(trainer, checkpoint)
         finally:
@@ -126,6 +129,14 @@ def _run(trainer: FuserTrainer, checkpoint: checkpoints.Checkpoint | None) -> No
             trainer.load_fuser(checkpoints.folder_of(checkpoint.folder.parent, checkpoint.best_step))
     if trainer.state.best_global_step is None:
         raise TrainingError("no validation gave a likelihood that is finite", hint="Load the models in float32")
+
+
+def _release_sharer(pair: C2C) -> None:
+    """All that it says in this run is on disk."""
+    (sharer,) = pair.sharers
+    if sharer is not pair.receiver:
+        assert isinstance(sharer, LanguageModel), "one that is elsewhere has no features on disk"
+        sharer.release()
 
 
 def _save(trainer: FuserTrainer, summary: dict[str, Any], dropped: list[Dropped], output: Path) -> None:

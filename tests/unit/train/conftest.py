@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -61,7 +62,11 @@ def machine(data: Path, tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, LanguageModel]:
-    """The tiny pair, under the names of the recipe."""
+    """The tiny pair, under the names of the recipe. Each run gets a sharer of its own, whose weights it may give back."""
     found = dict(zip(("tiny-receiver", "tiny-sharer"), tiny_pair(), strict=True))
-    monkeypatch.setattr("cache2cache.train.prepare.load", lambda name, **_: found[name])
+
+    def load(name: str, **_: Any) -> LanguageModel:
+        return copy.deepcopy(found[name]) if name == "tiny-sharer" else found[name]
+
+    monkeypatch.setattr("cache2cache.train.prepare.load", load)
     return found

@@ -137,12 +137,23 @@ def test_memory_follows_the_recipe(recipe, machine, folders, monkeypatch):
 
 
 def test_models_are_counted_once_and_in_their_dtype(recipe, machine, folders):
+    machine = dataclasses.replace(machine, features=None)
     pair = plan(recipe(**folders), machine).memory
     halves = plan(recipe(**folders, dtype="bfloat16"), machine).memory
     for side in ("receiver on cpu", "sharer on cpu"):
         assert pair[side] == 2 * halves[side]
     alone = plan(recipe(receiver=folders["receiver"], sharer=folders["receiver"]), machine).memory
     assert alone["receiver on cpu"] == pair["receiver on cpu"] and alone["sharer on cpu"] == 0
+
+
+def test_a_sharer_and_training_are_not_in_memory_at_once(recipe, machine, folders, monkeypatch):
+    """Where prefills are kept, the fullest moment is one or the other."""
+    monkeypatch.setattr("cache2cache.train.plan.STATISTICS_ROWS", 1)
+    live = dataclasses.replace(machine, features=None)
+    theirs = plan(recipe(**folders), live).memory["sharer on cpu"]
+    small, large = (plan(recipe(**folders, optim={"batch_size": size}), machine).memory for size in (1, 16))
+    assert small["sharer on cpu"] == theirs and large["sharer on cpu"] == 0
+    assert large["activations, gradients, optimizer"] > theirs
 
 
 def test_without_a_folder_prefills_are_part_of_the_steps(recipe, machine, folders):

@@ -1,5 +1,6 @@
 """Training on tiny random models: what is learned is saved and loaded again, and nothing else changes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -98,6 +99,23 @@ def test_the_fuser_answers_as_training_measured_it(models, recipe, machine, tmp_
 def content_of(row, receiver) -> str:
     text = receiver.tokenizer.decode(row.row.ids)
     return text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_sharer_whose_prefills_are_kept_gives_its_memory_back(models, recipe, machine, tmp_path, monkeypatch, kept):
+    pairs = []
+
+    def watched(*args):
+        pairs.append(load_pair(*args))
+        return pairs[-1]
+
+    monkeypatch.setattr("cache2cache.train.run.load_pair", watched)
+    where = machine if kept else dataclasses.replace(machine, features=None)
+    for sharer in ("tiny-sharer", "tiny-receiver"):
+        train(recipe(sharer=sharer, optim={"epochs": 1}), tmp_path / sharer, where)
+    (other,), (itself,) = pairs[0].sharers, pairs[1].sharers
+    assert (other.device.type == "meta") == kept
+    assert itself is pairs[1].receiver and itself.device.type == "cpu"
 
 
 @pytest.mark.parametrize("objective", [{}, {"distill": 1.0, "distill_top": 8}, {"contrastive": 0.5}])
