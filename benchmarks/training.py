@@ -55,7 +55,8 @@ def main() -> None:
         recipe = read_recipe(args.recipe, args.set)
         pair = load_pair(recipe, machine)
         prepared = _enough(prepare_rows(recipe, pair, machine), recipe, args.steps)
-        few = _enough(prepared, recipe, args.live_steps)  # each of which is also read for statistics, which takes longer
+        # All rows are also read for statistics, without the cache by the models.
+        few = _enough(prepared, recipe, args.live_steps)
         measured = {"with the cache": rows_per_second(recipe, pair, prepared, machine, args.steps)}
         if args.live_steps:
             measured["without"] = rows_per_second(recipe, pair, few, _live(machine), args.live_steps)
