@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"an interval takes at least two rounds, got --rounds {args.rounds}")
     args.engine = "vllm"
     args.server = [f"--vllm-option={option}" for option in ("enforce_eager=true", f"gpu_memory_utilization={_MEMORY}")]
     args.plain_options = f"--enforce-eager --gpu-memory-utilization {_MEMORY}"

@@ -48,11 +48,6 @@ class FeatureDataset(Dataset[Item]):
             own.compute(pair.receiver, [row.row.ids[: row.first_stop] for row in rows])
             theirs.compute(pair.sharers[0], map(_their_ids, rows), [row.heard_at for row in rows], self._layers)
 
-    @property
-    def stored(self) -> bool:
-        """Whether items come with their features, so that the sharer is not needed for them."""
-        return self._stores is not None
-
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -59,7 +59,7 @@ def train(recipe: Recipe, output: Path, machine: Machine, *, resume: bool = Fals
         pair = load_pair(recipe, machine)
         prepared = prepare_rows(recipe, pair, machine)
         trainer = trainer_of(recipe, pair, prepared, machine, args)
-        if isinstance(trainer.train_dataset, FeatureDataset) and trainer.train_dataset.stored:
+        if machine.features is not None and not recipe.data.stream:
             _release_sharer(pair)
         try:
             _run(trainer, checkpoint)
