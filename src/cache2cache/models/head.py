@@ -12,14 +12,21 @@ from cache2cache.models import kv
 
 
 def logits_at(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, wanted: torch.Tensor
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: DynamicCache,
+    wanted: torch.Tensor,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Read tokens behind a cache, which is extended by them, and compute logits at some of them.
 
     Args:
         ids: (B, n) the new tokens.
-        mask: (B, past + n), 1 for real tokens, over the cached positions and the new ones.
+        mask: (B, past + n), 1 for real tokens, over the cached positions and the new ones; or (B, 1, n, past + n), added to
+            the scores of attention.
         wanted: (B, n) bool.
+        positions: (B, n), by default counted along the mask.
     Returns:
         (K, V), the wanted positions row after row.
 
@@ -40,7 +47,7 @@ def logits_at(
         return model(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=kv.position_ids(mask)[:, -ids.shape[1] :],
+            position_ids=kv.position_ids(mask)[:, -ids.shape[1] :] if positions is None else positions,
             past_key_values=cache,
             use_cache=True,
         ).logits[0]

@@ -146,6 +146,15 @@ def replace_columns(cache: DynamicCache, start: int, kv: torch.Tensor) -> None:
         cache.layers[i] = _layer(*(torch.cat([x[..., :start, :], y], dim=-2) for x, y in zip(old, new, strict=True)))
 
 
+def append_columns(cache: DynamicCache, kv: torch.Tensor) -> None:
+    """Write keys and values behind all positions, out of place, so that gradients flow.
+
+    Args:
+        kv: (2, L, B, H, P, D)
+    """
+    replace_columns(cache, length(cache), kv)
+
+
 def clone(cache: DynamicCache) -> DynamicCache:
     """A cache that can be extended without changing the original. Tensors are shared: nothing writes into them."""
     return from_tensors(_held(cache))

@@ -49,6 +49,9 @@ class TrainRow:
     """(T,) the receiver's tokens that are learned: the response and the end of its turn, or the beginning of that."""
     text: str
     """The whole response as text, without the end of the turn."""
+    everywhere: bool = False
+    """Whether it was made by `everywhere.everywhere`: `row` is prompt and response, but for the last token, and `response`
+    (T,) what follows the last T of those, −100 where that is not learned."""
 
     @property
     def first_stop(self) -> int:
@@ -85,7 +88,8 @@ class Collator:
     Keys, with W the columns from the first that is fused in any row to the prompt's last but one:
 
     - ids, mask (B, N); sharer_ids, sharer_mask (B, M); alignment, due (B, N): as in `inputs.Inputs`.
-    - response (B, T): the response, padded with 0. labels (B, T): the same, padded with −100.
+    - response (B, T): the response, padded with 0. labels (B, T): the same, padded with −100. Of rows that are fused
+      everywhere both are padded on the left.
     - own (2, L_r, B, H_r, S, D_r), theirs (2, U, B, H_s, W, D_s): as in `Item`, the latter for the columns N − 1 − W to N − 2
       and zero where nothing is fused. S is the first column at which a row is fused. Absent unless they were computed ahead.
     - their_positions (B, W): position ids of the sharer's keys.
@@ -139,11 +143,11 @@ def first_stop(due: torch.Tensor) -> int:
 
 def _responses(rows: Sequence[TrainRow]) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(len(row.response) for row in rows)
-    response = torch.zeros((len(rows), width), dtype=torch.long)
-    labels = torch.full_like(response, -100)
+    labels = torch.full((len(rows), width), -100)
     for b, row in enumerate(rows):
-        response[b, : len(row.response)] = labels[b, : len(row.response)] = torch.as_tensor(row.response)
-    return response, labels
+        size = len(row.response)
+        labels[b, slice(width - size, None) if row.everywhere else slice(size)] = torch.as_tensor(row.response)
+    return labels.clamp(min=0), labels
 
 
 def _own(items: Sequence[Item], prepared: Inputs, part: SharerInputs) -> torch.Tensor:
@@ -151,12 +155,13 @@ def _own(items: Sequence[Item], prepared: Inputs, part: SharerInputs) -> torch.T
     stop = first_stop(part.due)
     first = items[0].own
     assert first is not None
-    out = first.new_zeros((*first.shape[:2], len(items), first.shape[2], stop, first.shape[4]))
+    # Of a CPU's step, passes over this tensor are a good part, so only what is padding is cleared.
+    out = first.new_empty((*first.shape[:2], len(items), first.shape[2], stop, first.shape[4]))
     for b, item in enumerate(items):
         assert item.own is not None
-        left = prepared.ids.shape[1] - len(item.row.row.ids)
-        if stop > left:
-            out[:, :, b, :, left:] = item.own[:, :, :, : stop - left]
+        left = min(prepared.ids.shape[1] - len(item.row.row.ids), stop)
+        out[:, :, b, :, :left] = 0
+        out[:, :, b, :, left:] = item.own[:, :, :, : stop - left]
     return out
 
 

@@ -115,7 +115,7 @@ class Bar(TrainerCallback):
             disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._loss = math.nan
+        self._loss: float | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._begun, self._first = time.monotonic(), state.global_step
@@ -146,4 +146,5 @@ class Bar(TrainerCallback):
     def _said(self, state) -> str:
         seconds, steps = time.monotonic() - self._begun, state.global_step - self._first
         left = timedelta(seconds=round(seconds / max(steps, 1) * (state.max_steps - state.global_step)))
-        return f"loss {self._loss:.4f}, {self.running.tokens / max(seconds, 1e-9):.3g} response tokens/s, {left} left"
+        loss = self._loss if self._loss is not None else float(self.running.loss)
+        return f"loss {loss:.4f}, {self.running.tokens / max(seconds, 1e-9):.3g} response tokens/s, {left} left"

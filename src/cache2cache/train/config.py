@@ -23,6 +23,9 @@ class FuserPart(_Part):
     kind: Literal["compact", "paper"] = "compact"
     layer_map: Literal["last-aligned", "depth-normalised"] | tuple[int, ...] = "last-aligned"
     """A rule, or the sharer layer of each receiver layer."""
+    init: str | None = None
+    """A trained fuser to go on from: a folder, `demo` or a hub id. Kind, sizes and layer map must be the recipe's; its
+    statistics of the caches are kept."""
     alignment: Alignment = "native"
     receiver_template: str | None = None
     sharer_template: str | None = None
@@ -96,6 +99,9 @@ class DataPart(_Part):
 class ObjectivePart(_Part):
     """What is minimised, in nats per response token."""
 
+    fused: Literal["prompt", "everywhere"] = "prompt"
+    """prompt: the whole response is read behind the fused prompt, as in use. everywhere: each of its tokens is read behind a
+    cache that is fused up to the token before it, so one row teaches as many fusions as its response has tokens."""
     response: float = Field(default=1.0, ge=0)
     """Weight of the response's cross-entropy."""
     distill: float = Field(default=0.0, ge=0)
@@ -111,6 +117,8 @@ class ObjectivePart(_Part):
     def _something(self) -> Self:
         if self.response == self.distill == 0:
             raise ValueError("response and distill are both 0: nothing to learn from")
+        if self.fused == "everywhere" and (self.distill or self.contrastive):
+            raise ValueError('distill and contrastive follow the response behind a prompt: they need fused = "prompt"')
         return self
 
 
@@ -187,6 +195,10 @@ class Recipe(_Part):
             raise ValueError("optim.bucket needs the rows' lengths, which data.stream does not know")
         if self.data.response_tokens is not None and self.objective.distill:
             raise ValueError("objective.distill follows whole responses, and data.response_tokens cuts them off")
+        if self.objective.fused == "everywhere" and self.fuser.alignment != "native":
+            raise ValueError(
+                'objective.fused = "everywhere" pairs the tokens of responses, which needs native alignment'
+            )
         if self.data.stream and any(source.neighbours > 1 for source in self.data.train):
             raise ValueError("neighbours samples rows, and data.stream takes them as they come")
         return self

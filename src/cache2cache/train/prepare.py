@@ -43,7 +43,8 @@ def load_pair(recipe: Recipe, machine: Machine) -> C2C:
     """Both models and a fresh fuser. A receiver that is its own sharer is loaded once.
 
     Raises:
-        RecipeError: a layer map or gates that do not fit the models.
+        RecipeError: a layer map, gates or a fuser to begin with that do not fit.
+        FuserFormatError, FuserMismatchError: no such fuser to begin with, or one of another pair.
         ModelError, UnknownModelError, DownloadError: see `models.load.load`.
     """
     device = device_of(machine)
@@ -54,7 +55,26 @@ def load_pair(recipe: Recipe, machine: Machine) -> C2C:
     sharer = receiver if alone else load(recipe.sharer, device=theirs, **options)
     config = new_config(recipe, receiver, sharer)
     set_seed(recipe.seed)
-    return C2C(receiver, [sharer], [Fuser.from_config(config)])
+    fuser = Fuser.from_config(config)
+    if recipe.fuser.init is not None:
+        _begin_with(fuser, Fuser.from_pretrained(recipe.fuser.init), recipe.fuser.init)
+    return C2C(receiver, [sharer], [fuser])
+
+
+def _begin_with(fuser: Fuser, trained: Fuser, name: str) -> None:
+    """Take over weights and statistics."""
+    got, wanted = (
+        {"kind": x.config.kind, "sizes": x.sizes.model_dump(), "layer_map": list(x.config.layer_map)}
+        for x in (trained, fuser)
+    )
+    if other := [field for field in got if got[field] != wanted[field]]:
+        raise RecipeError(
+            f"fuser.init names a fuser of another build: {name}",
+            got=", ".join(f"{field} {got[field]}" for field in other),
+            allowed=", ".join(f"{field} {wanted[field]}" for field in other),
+        )
+    trained.check_pair(fuser.config.receiver, fuser.config.sharer)
+    fuser.load_state_dict(trained.state_dict())
 
 
 def new_config(recipe: Recipe, receiver: LanguageModel, sharer: LanguageModel) -> FuserConfig:
@@ -69,7 +89,10 @@ def new_config(recipe: Recipe, receiver: LanguageModel, sharer: LanguageModel) -
         layer_map = LAYER_MAPS[layer_map](receiver.card.geometry.layers, sharer.card.geometry.layers)
     try:
         return FuserConfig(
-            receiver=receiver.card, sharer=sharer.card, layer_map=layer_map, **part.model_dump(exclude={"layer_map"})
+            receiver=receiver.card,
+            sharer=sharer.card,
+            layer_map=layer_map,
+            **part.model_dump(exclude={"layer_map", "init"}),
         )
     except ValidationError as error:
         raise RecipeError("the fuser does not fit the pair", got=in_words(error)) from error
@@ -90,8 +113,8 @@ def prepare_rows(recipe: Recipe, pair: C2C, machine: Machine) -> Prepared:
     examples = []
     if not data.stream:
         examples = sources.read(data.train, machine, seed=recipe.seed, turns=data.turns, keep=avoid.keep)
-    lengths = {"max_tokens": data.max_tokens, "response_tokens": data.response_tokens}
-    train, long_train = train_rows(examples, pair, **lengths)
+    lengths: dict[str, Any] = {"max_tokens": data.max_tokens, "response_tokens": data.response_tokens}
+    train, long_train = train_rows(examples, pair, fused=recipe.objective.fused, **lengths)
     validation, long_validation = train_rows(chosen, pair, **lengths)
     prepared = Prepared(train, validation, [*avoid.dropped, *long_train, *long_validation], avoid)
     if not validation or not (train or data.stream):

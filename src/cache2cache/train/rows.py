@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
 from cache2cache.train.batch import Example, TrainRow
 from cache2cache.train.contamination import Dropped
+from cache2cache.train.everywhere import everywhere
 from cache2cache.types import Message
 
 # What a prompt loses at a time. Text without spaces, such as Chinese, is cut into pieces.
@@ -24,7 +26,12 @@ _SHORTEN = "Set data.max_tokens to shorten long prompts"
 
 
 def train_rows(
-    examples: Iterable[Example], pair: C2C, *, max_tokens: int | None = None, response_tokens: int | None = None
+    examples: Iterable[Example],
+    pair: C2C,
+    *,
+    max_tokens: int | None = None,
+    response_tokens: int | None = None,
+    fused: Literal["prompt", "everywhere"] = "prompt",
 ) -> tuple[list[TrainRow], list[Dropped]]:
     """Examples as both models read them, and those that cannot be trained on.
 
@@ -33,6 +40,7 @@ def train_rows(
             context, its longest message loses its first word; templates stay whole, and every message keeps a word.
             A row that does not fit even so is dropped. None shortens nothing.
         response_tokens: of a response, only the first so many are learned, and count.
+        fused: see `config.ObjectivePart`.
 
     Raises:
         ContextLengthError: without `max_tokens`, a row that is longer than a model's context.
@@ -51,7 +59,7 @@ def train_rows(
         if row is None:
             dropped.append(Dropped(example.place, "too long"))
         else:
-            rows.append(row)
+            rows.append(everywhere(row, pair) if fused == "everywhere" else row)
     return rows, dropped
 
 

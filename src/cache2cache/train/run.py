@@ -12,8 +12,9 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import TrainerState, TrainingArguments, set_seed
 
-from cache2cache.errors import TrainingError
+from cache2cache.errors import ModelError, TrainingError
 from cache2cache.fuser.compact import CompactFuser
+from cache2cache.models import trees
 from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
 from cache2cache.train import checkpoints, statistics
@@ -100,10 +101,18 @@ def trainer_of(
 def _step(recipe: Recipe, pair: C2C, first: list[Item]) -> TrainingStep:
     (fuser,), optim = pair.fusers, recipe.optim
     statistics.check_rotations(pair)
+    if recipe.objective.fused == "everywhere" and not trees.readable(
+        pair.receiver, max(len(x.row.row.ids) for x in first)
+    ):
+        raise ModelError(
+            f"{pair.receiver.card.id} cannot read rows that are fused everywhere",
+            allowed="models that take a mask of their own for each token, and see the whole row in every layer",
+            hint='Train with objective.fused = "prompt"',
+        )
     if first[0].own is None:
         say(f"reading {len(first)} rows for the statistics of the caches")
     sample = statistics.sample(first, pair)
-    if isinstance(fuser, CompactFuser):
+    if isinstance(fuser, CompactFuser) and recipe.fuser.init is None:
         statistics.standardise(fuser, sample)
     mean = statistics.sharer_statistics(pair, sample)
     step = TrainingStep(
@@ -152,6 +161,7 @@ def _summary(recipe: Recipe, prepared: Prepared, dropped: list[Dropped], state: 
     best = next(x for x in state.log_history if x["step"] == state.best_global_step and "eval_loss" in x)
     measured = {key.removeprefix("eval_"): best[key] for key in SHOWN if key in best}
     return {
+        **({"init": recipe.fuser.init} if recipe.fuser.init else {}),
         "rows": "a stream" if recipe.data.stream else len(prepared.train),
         "rows_dropped": dict(Counter(row.reason for row in dropped)),
         "sources": {source.name: source.limit or "all" for source in recipe.data.train},

@@ -20,6 +20,9 @@ from cache2cache.verify import check_rotation
 STATISTICS_ROWS = 256
 """Training rows that are measured, the first ones."""
 
+_POSITIONS = 8192
+"""Of those, so many fused positions at most, spread evenly."""
+
 _BATCH_TOKENS = 1024
 
 
@@ -40,19 +43,24 @@ class Sample:
 def sample(items: Sequence[Item], pair: C2C) -> Sample:
     """The caches of these rows, computed where they were not ahead."""
     rows = [item.row for item in items]
-    clean = [row.heard[row.heard < row.first_stop] for row in rows]
+    step = max(1, sum(len(row.heard) for row in rows) // _POSITIONS)
+    # From the end, where every row is fused.
+    some = [np.arange(len(row.heard) - 1, -1, -step)[::-1] for row in rows]
+    heard = [row.heard[at] for row, at in zip(rows, some, strict=True)]
+    clean = [at[at < row.first_stop] for row, at in zip(rows, heard, strict=True)]
+    heard_at = [row.heard_at[at] for row, at in zip(rows, some, strict=True)]
     if all(item.own is not None and item.theirs is not None for item in items):
         own = [item.own[:, :, :, at] for item, at in zip(items, clean, strict=True)]  # type: ignore[index]
-        theirs = [item.theirs for item in items]
+        theirs = [item.theirs[:, :, :, at.copy()] for item, at in zip(items, some, strict=True)]  # type: ignore[index]
     else:
         own = _prefilled(pair.receiver, [row.row.ids[: row.first_stop] for row in rows], clean, None)
         their_ids = [row.row.sharers[0].ids for row in rows]  # type: ignore[union-attr]
-        theirs = _prefilled(pair.sharers[0], their_ids, [row.heard_at for row in rows], mapped(pair))
+        theirs = _prefilled(pair.sharers[0], their_ids, heard_at, mapped(pair))
     return Sample(
         torch.cat(own, dim=3),
         torch.as_tensor(np.concatenate(clean)),
-        torch.cat(theirs, dim=3),  # type: ignore[arg-type]
-        torch.as_tensor(np.concatenate([row.heard_at for row in rows])),
+        torch.cat(theirs, dim=3),
+        torch.as_tensor(np.concatenate(heard_at)),
     )
 
 

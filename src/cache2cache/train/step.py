@@ -21,6 +21,7 @@ from cache2cache.train import objective
 from cache2cache.train.batch import first_stop, grid, grid_width
 from cache2cache.train.config import ObjectivePart
 from cache2cache.train.dropout import SharerDropout
+from cache2cache.train.everywhere import seen
 from cache2cache.train.heard import Heard
 
 Batch = dict[str, torch.Tensor]
@@ -85,7 +86,8 @@ class TrainingStep(nn.Module):
                 "no position of a batch is fused, so nothing can be learned from it", hint="Raise fuse_last"
             )
         labelled, parts = batch["labels"] != -100, self._parts
-        logits = self._logits(batch, own, heard)
+        read = self._logits if parts.fused == "prompt" else self._logits_everywhere
+        logits = read(batch, own, heard)
         nats = objective.nats(logits, batch["response"][labelled])
         loss = parts.response * nats.sum()
         if parts.distill:
@@ -161,6 +163,18 @@ class TrainingStep(nn.Module):
         with self._reading(tail.shape[1]):
             return logits_at(model, tail, seen, cache, batch["labels"] != -100)
 
+    def _logits_everywhere(self, batch: Batch, own: DynamicCache, heard: Heard) -> torch.Tensor:
+        """As `_logits`, where each response token is read behind a cache that is fused up to the token before it."""
+        model, ids, mask = self._pair[0].receiver.model, batch["ids"], batch["mask"]
+        cache, stop, queries = kv.clone(own), ids.shape[1] - 1, batch["labels"].shape[1]
+        _, fused = self._fused(cache, mask, stop, heard)
+        kv.append_columns(cache, fused)
+        sees = seen(mask, heard.due, fused.shape[4], queries, self.fuser.config.fuse_last)
+        added = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)[:, None]
+        positions = kv.position_ids(mask)[:, -queries:]
+        with self._reading(queries):
+            return logits_at(model, ids[:, -queries:], added, cache, batch["labels"] != -100, positions)
+
     def _reading(self, queries: int) -> AbstractContextManager[None]:
         """How the receiver reads: while validating as in use, while training so that the backward pass is cheap."""
         model = self._pair[0].receiver.model
@@ -170,19 +184,20 @@ class TrainingStep(nn.Module):
 
     def _fuse(self, cache: DynamicCache, mask: torch.Tensor, stop: int, heard: Heard) -> None:
         """Rewrite the columns that are due now. They are the last ones that were read."""
+        if (heard.due == stop).any() and self.fuser.speaks():
+            kv.replace_columns(cache, *self._fused(cache, mask, stop, heard))
+
+    def _fused(self, cache: DynamicCache, mask: torch.Tensor, stop: int, heard: Heard) -> tuple[int, torch.Tensor]:
+        """The first of the columns that are due now, and what becomes of them and all behind, (2, L, B, H, stop − first, D)."""
         due = heard.due == stop
-        columns = due.any(0).nonzero()
-        if not len(columns) or not self.fuser.speaks():
-            return
-        start = int(columns[0])
+        start = int(due.any(0).nonzero()[0])
         width = heard.theirs.shape[4]
         left = heard.due.shape[1] - 1 - width
         theirs = heard.theirs[:, :, :, :, start - left : stop - left][:, self._place]
         speaker = Speaker(self.fuser, theirs, heard.positions[:, start - left : stop - left], due[:, start:stop])
         own_positions = kv.position_ids(mask)[:, start:stop]
         with self._fuser_precision(mask.device.type):
-            fused = fused_kv(kv.columns(cache, start), own_positions, [speaker])
-        kv.replace_columns(cache, start, fused)
+            return start, fused_kv(kv.columns(cache, start), own_positions, [speaker])
 
     def _fuser_precision(self, device_type: str) -> Any:
         enabled = self.training and self._precision == "bfloat16"

@@ -47,8 +47,9 @@ class RowStream(IterableDataset[Item]):
             empty = True
             for example in examples:
                 rows, too_long = train_rows(
-                    [example], self._pair, max_tokens=data.max_tokens, response_tokens=data.response_tokens
-                )
+                    [example], self._pair, max_tokens=data.max_tokens, response_tokens=data.response_tokens,
+                    fused=self._recipe.objective.fused,
+                )  # fmt: skip
                 self._too_long |= {row.place: row for row in too_long}
                 for row in rows:
                     empty = False

@@ -22,13 +22,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from cache2cache.errors import DataError
-from cache2cache.evaluate.scoring import lead
 from cache2cache.models import kv
 from cache2cache.models.head import logits_at
 from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
-from cache2cache.text.chat import render, tokenise
+from cache2cache.text.chat import render
 from cache2cache.train.batch import Teacher, TrainRow
+from cache2cache.train.pairing import Pairing, paired
 
 _BATCH_TOKENS = 2048
 _DIALOGUE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -45,7 +45,7 @@ def teachers(rows: Sequence[TrainRow], pair: C2C, vocabulary: SharedVocabulary, 
         DataError: the models share no token, or a row's response is not what the receiver's tokenizer makes of its text.
     """
     (sharer,) = pair.sharers
-    for batch in _batches([_lesson(row, pair) for row in rows]):
+    for batch in _batches([_Lesson(paired(row, pair), row.response) for row in rows]):
         predicted = iter(_predicted(sharer, batch))
         for lesson in batch:
             yield _teacher(lesson, next(predicted), vocabulary, top)
@@ -53,49 +53,15 @@ def teachers(rows: Sequence[TrainRow], pair: C2C, vocabulary: SharedVocabulary, 
 
 @dataclass(frozen=True)
 class _Lesson:
-    ids: np.ndarray
-    """What the sharer reads: its prompt, and its tokens of the response."""
-    taught: np.ndarray
-    """(n,) positions in the receiver's response where the distributions compare."""
-    read: np.ndarray
-    """(n,) the sharer's positions whose predictions those are."""
+    pairing: Pairing
     response: np.ndarray
     """(T,)"""
-    spaced: tuple[bool, bool]
-    """Whether receiver and sharer begin the response with a space."""
-
-
-def _lesson(row: TrainRow, pair: C2C) -> _Lesson:
-    (sharer,), (part,) = pair.sharers, row.row.sharers
-    assert part is not None, "every training row has a sharer"
-    own, edges, own_spaced = _spelled(pair.receiver, row.row.ids, row.text)
-    if not np.array_equal(own, row.response[:-1]):
-        raise DataError("a response is not made of its text's tokens", got=row.response.tolist(), allowed=own.tolist())
-    theirs, their_edges, their_spaced = _spelled(sharer, part.ids, row.text)
-    # Of tokens that spell nothing of the text, such as a lone space before it, the last one counts.
-    where = {edge: j for j, edge in enumerate(their_edges.tolist()) if edge >= 0}
-    advances = np.append(edges[1:] != edges[:-1], True)
-    taught = [t for t, edge in enumerate(edges.tolist()) if edge in where and advances[t]]
-    read = [len(part.ids) - 1 + where[int(edges[t])] for t in taught]
-    ids = np.concatenate([part.ids, theirs])
-    return _Lesson(ids, np.array(taught, int), np.array(read, int), row.response, (own_spaced, their_spaced))
-
-
-def _spelled(lm: LanguageModel, prompt: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray, bool]:
-    """A model's tokens (n,) of a response; how many characters of it are written before each of them and after the last,
-    (n + 1,), −1 in the middle of a character; and whether it begins with a space that is not the response's.
-    """
-    before = lead(lm, torch.as_tensor(prompt[-1:]))
-    answer = tokenise(lm.tokenizer, before + text, ())
-    edges = np.append(0, answer.ends - len(before)).clip(min=0)
-    edges[1:-1][answer.starts[1:] < answer.ends[:-1]] = -1
-    return answer.ids, edges, bool(before)
 
 
 def _batches(lessons: Sequence[_Lesson]) -> Iterator[list[_Lesson]]:
     batch: list[_Lesson] = []
     for lesson in lessons:
-        width = max(len(other.ids) for other in (*batch, lesson))
+        width = max(len(other.pairing.ids) for other in (*batch, lesson))
         if batch and width * (len(batch) + 1) > _BATCH_TOKENS:
             yield batch
             batch = []
@@ -107,31 +73,33 @@ def _batches(lessons: Sequence[_Lesson]) -> Iterator[list[_Lesson]]:
 @torch.no_grad()
 def _predicted(sharer: LanguageModel, batch: Sequence[_Lesson]) -> tuple[torch.Tensor, ...]:
     """Logits (n, V) of each lesson."""
-    width = max(len(lesson.ids) for lesson in batch)
+    width = max(len(lesson.pairing.ids) for lesson in batch)
     ids, mask = torch.zeros((2, len(batch), width), dtype=torch.long)
     wanted = torch.zeros(ids.shape, dtype=torch.bool)
     for b, lesson in enumerate(batch):
-        left = width - len(lesson.ids)
-        ids[b, left:], mask[b, left:] = torch.as_tensor(lesson.ids), 1
-        wanted[b, left + lesson.read] = True
+        both = lesson.pairing
+        left = width - len(both.ids)
+        ids[b, left:], mask[b, left:] = torch.as_tensor(both.ids), 1
+        wanted[b, left + both.read] = True
     device = sharer.device
     logits = logits_at(sharer.model, ids.to(device), mask.to(device), kv.new_cache(), wanted.to(device))
-    return logits.split([len(lesson.read) for lesson in batch])
+    return logits.split([len(lesson.pairing.read) for lesson in batch])
 
 
 def _teacher(lesson: _Lesson, logits: torch.Tensor, vocabulary: SharedVocabulary, top: int) -> Teacher:
     ids = torch.zeros((len(lesson.response), top), dtype=torch.long)
     logprobs = torch.full(ids.shape, -torch.inf)
-    first = int((lesson.taught == 0).sum())  # its text may lack a space, that of the others does not
-    for part, spaced in ((slice(first), lesson.spaced), (slice(first, None), (False, False))):
-        if not len(lesson.taught[part]):
+    met = lesson.pairing.met
+    first = int((met == 0).sum())  # its text may lack a space, that of the others does not
+    for part, spaced in ((slice(first), lesson.pairing.spaced), (slice(first, None), (False, False))):
+        if not len(met[part]):
             continue
         sources, targets, tokens = vocabulary.shared(int(lesson.response[-1]), *spaced)
         p = logits[part].float().softmax(-1).cpu()
         shared = p.new_zeros((len(p), len(tokens))).index_add_(1, targets, p[:, sources])
         best, at = shared.topk(min(top, len(tokens)))
         total = best.sum(1, keepdim=True)
-        rows = torch.as_tensor(lesson.taught[part])[:, None], torch.arange(best.shape[1])
+        rows = torch.as_tensor(met[part])[:, None], torch.arange(best.shape[1])
         ids[rows] = tokens[at]
         logprobs[rows] = torch.where(total > 0, (best / total).log(), -torch.inf)
     return Teacher(ids, logprobs)

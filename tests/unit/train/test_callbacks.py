@@ -84,7 +84,9 @@ def test_the_bar_tells_loss_rate_time_and_each_validation(terminal):
     seen = Running()
     bar = Bar(seen, Console(file=out, force_terminal=terminal, width=200))
     bar.on_train_begin(ARGS, state(40), None)
-    seen.tokens = 1000
+    seen.tokens, seen.loss = 1000, torch.tensor(3.5)
+    bar.on_evaluate(ARGS, state(45), None, metrics={"eval_loss": 2.0})
+    assert "loss 3.5000" in out.getvalue(), "before anything is logged, that of the step"
     bar.on_log(ARGS, state(50), None, logs={"loss": 1.25})
     bar.on_step_end(ARGS, state(50), None)
     bar.on_log(ARGS, state(50), None, logs={"eval_loss": 1.0})

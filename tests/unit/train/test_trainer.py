@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cache2cache import C2C, Fuser
-from cache2cache.errors import DataError, RecipeError, TrainingError
+from cache2cache.errors import DataError, ModelError, RecipeError, TrainingError
 from cache2cache.models import kv
 from cache2cache.testing import TINY_SIZES
 from cache2cache.train import statistics
@@ -307,3 +307,38 @@ def write_chats(path: Path, chats: list[list[tuple[str, str]]]) -> None:
         turns = [(role, text) for turn in chat for role, text in zip(("user", "assistant"), turn, strict=True)]
         rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_goes_on_from_a_trained_fuser(models, recipe, machine, tmp_path):
+    first = train(recipe(), tmp_path / "first", machine)
+    sizes = recipe().fuser.sizes
+    further = recipe(fuser={"init": str(tmp_path / "first" / "fuser")}, optim={"epochs": 2, "learning_rate": 1e-4})
+    second = train(further, tmp_path / "second", machine)
+    assert second["init"] == further.fuser.init
+    assert second["validation_loss"] == pytest.approx(first["validation_loss"], abs=0.05)
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
+    for name in ("own_mean", "own_std", "other_mean", "other_std"):
+        assert torch.equal(before[name], after[name]), f"{name} was measured anew"
+    wider = recipe(fuser={"init": further.fuser.init, "sizes": sizes | {"width": 32}})
+    with pytest.raises(RecipeError, match="another build"):
+        train(wider, tmp_path / "wider", machine)
+
+
+@pytest.mark.parametrize("fuse_last", [4, None])
+def test_rows_that_are_fused_everywhere_are_learned_alike_with_and_without_stored_prefills(
+    models, recipe, machine, tmp_path, fuse_last
+):
+    write_chats(machine.data_dir / "train.jsonl", [[(f"number {i}, which?", f"{i} and {i}, {i}")] for i in range(8)])
+    write_chats(machine.data_dir / "dev.jsonl", [[(f"number {i}, which?", f"{i} and {i}, {i}")] for i in range(8, 10)])
+    asked = recipe(objective={"fused": "everywhere"}, fuser={"fuse_last": fuse_last}, optim={"epochs": 8})
+    stored = train(asked, tmp_path / "stored", machine)
+    live = train(asked, tmp_path / "live", dataclasses.replace(machine, features=None))
+    losses = [entry["eval_loss"] for entry in history(tmp_path / "stored") if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
+    assert live["validation_loss"] == pytest.approx(stored["validation_loss"], abs=1e-3)
+
+
+def test_a_model_that_does_not_see_a_whole_row_is_not_fused_everywhere(models, recipe, machine, tmp_path, monkeypatch):
+    monkeypatch.setattr("cache2cache.models.trees.sees_all", lambda lm, tokens: False)
+    with pytest.raises(ModelError, match="cannot read rows that are fused everywhere"):
+        train(recipe(objective={"fused": "everywhere"}), tmp_path / "out", machine)
