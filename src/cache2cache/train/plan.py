@@ -16,7 +16,7 @@ from cache2cache.train.arguments import device_of
 from cache2cache.train.config import Machine, Recipe
 from cache2cache.train.costs import batch_bytes, batch_seconds, on_line
 from cache2cache.train.prepare import Prepared, new_config, prepare_rows
-from cache2cache.train.statistics import STATISTICS_ROWS
+from cache2cache.train.statistics import STATISTICS_ROWS, measured_rows
 from cache2cache.train.stream import RowStream
 from cache2cache.train.workload import Reading, Schedule, fetching, heard_by, live, stored, teaching
 
@@ -120,7 +120,7 @@ class _Reckoning:
 
     def _time(self) -> dict[str, float]:
         todo, typical = self.schedule, self.typical
-        measured = min(STATISTICS_ROWS, len(self.rows))
+        measured = measured_rows(self.rows)
         batch = len(todo.typical)
         taught = self.taught.seconds
         if self.recipe.data.stream:  # every row is taught when it comes
@@ -130,7 +130,7 @@ class _Reckoning:
         return {
             "prefills": self.stored.seconds,
             "distributions of the sharer": taught,
-            "statistics": self.live.seconds * measured / batch
+            "statistics": self.live.seconds * min(STATISTICS_ROWS, len(self.rows)) / batch
             + on_line(typical.measure, typical.measure_twice, (batch, 2 * batch), measured),
             "steps": todo.passes * passing + todo.steps * typical.update,
             "validations": todo.validation_passes * (self.live.seconds + slower + typical.judge),
@@ -140,7 +140,7 @@ class _Reckoning:
         receiver, sharer = self.models
         largest, batch = self.largest, len(self.schedule.largest)
         alone = self.recipe.receiver == self.recipe.sharer and self.devices[0] == self.devices[1]
-        measured = min(STATISTICS_ROWS, len(self.rows))
+        measured = measured_rows(self.rows)
         # Trainer fetches the batches of a step together, and accelerate one more.
         learning = largest.learn + self.recipe.optim.accumulate * largest.collate + self.live.memory
         training = max(learning, self.moments + largest.judge + self.live.memory)

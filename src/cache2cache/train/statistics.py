@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,13 @@ from cache2cache.models.load import LanguageModel
 from cache2cache.models.parts import Ids
 from cache2cache.models.prefills import by_length, prefill_rows
 from cache2cache.pipeline import C2C
-from cache2cache.train.batch import Item
+from cache2cache.train.batch import Item, TrainRow
 from cache2cache.verify import check_rotation
 
 STATISTICS_ROWS = 256
 """Training rows that are measured, the first ones."""
 
-_POSITIONS = 8192
+_POSITIONS = 4096
 """Of those, so many fused positions at most, spread evenly."""
 
 _BATCH_TOKENS = 1024
@@ -43,7 +44,7 @@ class Sample:
 def sample(items: Sequence[Item], pair: C2C) -> Sample:
     """The caches of these rows, computed where they were not ahead."""
     rows = [item.row for item in items]
-    step = max(1, sum(len(row.heard) for row in rows) // _POSITIONS)
+    step = _step(rows)
     # From the end, where every row is fused.
     some = [np.arange(len(row.heard) - 1, -1, -step)[::-1] for row in rows]
     heard = [row.heard[at] for row, at in zip(rows, some, strict=True)]
@@ -62,6 +63,17 @@ def sample(items: Sequence[Item], pair: C2C) -> Sample:
         torch.cat(theirs, dim=3),
         torch.as_tensor(np.concatenate(heard_at)),
     )
+
+
+def measured_rows(rows: Sequence[TrainRow]) -> int:
+    """How many whole rows have as many positions as are measured of these training rows."""
+    first = rows[:STATISTICS_ROWS]
+    return math.ceil(len(first) / _step(first))
+
+
+def _step(rows: Sequence[TrainRow]) -> int:
+    """Of how many fused positions one is measured."""
+    return max(1, math.ceil(sum(len(row.heard) for row in rows) / _POSITIONS))
 
 
 def mapped(pair: C2C) -> list[int]:

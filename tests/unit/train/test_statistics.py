@@ -10,7 +10,7 @@ from cache2cache.testing import random_fuser, tiny_model
 from cache2cache.train.batch import Example
 from cache2cache.train.features import FeatureDataset
 from cache2cache.train.rows import train_rows
-from cache2cache.train.statistics import check_rotations, sample, sharer_statistics, standardise
+from cache2cache.train.statistics import check_rotations, measured_rows, sample, sharer_statistics, standardise
 
 WORDS = ("what color", "the question and the answer", "12 == what letter")
 
@@ -50,6 +50,19 @@ def test_the_sample_is_what_the_request_path_fuses(receiver, sharer):
     theirs = kv.stack(kv.prefill(sharer.model, their_ids, torch.ones_like(their_ids)))[:, :, 0]
     assert found.their_positions[-1] == their_ids.shape[1] - 1
     torch.testing.assert_close(found.theirs, theirs[:, -2:, :, -5:], rtol=1e-4, atol=1e-4)
+
+
+def test_of_many_positions_some_are_measured_of_every_row(receiver, sharer, monkeypatch):
+    c2c = pair_of(receiver, sharer)
+    rows = rows_of(c2c)
+    items = list(FeatureDataset(rows, c2c, None))
+    whole, total = sample(items, c2c), sum(len(row.heard) for row in rows)
+    monkeypatch.setattr("cache2cache.train.statistics._POSITIONS", total // 3)
+    assert measured_rows(rows) == 1
+    some = sample(items, c2c)
+    assert len(some.own_positions) == len(some.their_positions) <= total // 3 + len(rows)
+    ends = [int(row.heard[-1]) for row in rows]
+    assert set(ends) <= set(some.own_positions.tolist()) <= set(whole.own_positions.tolist())
 
 
 @pytest.mark.parametrize("config", [{}, {"fuse_last": 3}, {"alignment": "retokenise-longest"}])
