@@ -154,14 +154,14 @@ class TrainingStep(nn.Module):
         model, ids, mask = self._pair[0].receiver.model, batch["ids"], batch["mask"]
         cache, last = kv.clone(own), ids.shape[1] - 1
         tail = torch.cat([ids[:, -1:], batch["response"][:, :-1]], dim=1)
-        seen = torch.cat([mask, mask.new_ones((len(mask), tail.shape[1] - 1))], dim=1)
+        whole = torch.cat([mask, mask.new_ones((len(mask), tail.shape[1] - 1))], dim=1)
         for stop in sorted({*heard.due[heard.due > 0].unique().tolist(), last}):
             between = ids[:, kv.length(cache) : stop]
             with self._reading(between.shape[1]):
                 kv.extend(model, between, mask[:, :stop], cache)
             self._fuse(cache, mask, stop, heard)
         with self._reading(tail.shape[1]):
-            return logits_at(model, tail, seen, cache, batch["labels"] != -100)
+            return logits_at(model, tail, whole, cache, batch["labels"] != -100)
 
     def _logits_everywhere(self, batch: Batch, own: DynamicCache, heard: Heard) -> torch.Tensor:
         """As `_logits`, where each response token is read behind a cache that is fused up to the token before it."""
