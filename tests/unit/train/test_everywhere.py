@@ -12,12 +12,15 @@ from cache2cache.inputs import Row, SharerRow
 from cache2cache.testing import random_fuser, tiny_pair
 from cache2cache.train.batch import Collator, Example, Item, TrainRow
 from cache2cache.train.config import ObjectivePart, Recipe
-from cache2cache.train.everywhere import everywhere
 from cache2cache.train.rows import train_rows
 from cache2cache.train.step import TrainingStep
 
 OPEN = GateConfig(learned=False, initial_logit=1.0)
-CHATS = [("what is the color of the question?", "red and the letter B"), ("hi", "the answer"), ("and 12?", "bonjour, what? oui")]
+CHATS = [
+    ("what is the color of the question?", "red and the letter B"),
+    ("hi", "the answer"),
+    ("and 12?", "bonjour, what? oui"),
+]
 
 
 def examples() -> list[Example]:
@@ -76,9 +79,14 @@ def test_one_pass_is_as_many_rows_as_the_response_has_tokens(fuse_last, family):
 
 def test_the_first_token_is_read_as_in_use():
     pair = pair_of(4)
-    whole = [replace(row, response=np.where(np.arange(len(row.response)) == 0, row.response, -100)) for row in made(pair, "everywhere")]
+    whole = [
+        replace(row, response=np.where(np.arange(len(row.response)) == 0, row.response, -100))
+        for row in made(pair, "everywhere")
+    ]
     first = [replace(row, response=row.response[:1]) for row in made(pair)]
-    torch.testing.assert_close(summed(pair, whole, "everywhere")[0], summed(pair, first, "prompt")[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        summed(pair, whole, "everywhere")[0], summed(pair, first, "prompt")[0], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_what_is_heard_never_reaches_beyond_what_the_receiver_predicts():
@@ -88,7 +96,9 @@ def test_what_is_heard_never_reaches_beyond_what_the_receiver_predicts():
         part, prompt = row.row.sharers[0], len(ordinary.row.ids)
         assert (np.diff(part.alignment) >= 0).all()
         for t in np.flatnonzero(row.response >= 0):
-            ahead = sharer.tokenizer.decode(part.ids[len(ordinary.row.sharers[0].ids) : part.alignment[prompt - 2 + t] + 1])
+            ahead = sharer.tokenizer.decode(
+                part.ids[len(ordinary.row.sharers[0].ids) : part.alignment[prompt - 2 + t] + 1]
+            )
             written = pair.receiver.tokenizer.decode(ordinary.response[:t])
             assert ahead.strip() == written.strip()
 
