@@ -65,7 +65,7 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     """
     options = {"dtype": recipe.dtype, "trust_remote_code": machine.trust_remote_code}
     receiver, sharer = skeleton(recipe.receiver, **options), skeleton(recipe.sharer, **options)
-    config = new_config(recipe, receiver.lm, sharer.lm)
+    config = new_config(recipe, receiver.lm.card, sharer.lm.card)
     with torch.device("meta"):
         fuser = Fuser.from_config(config)
     pair = C2C(receiver.lm, [sharer.lm], [fuser])

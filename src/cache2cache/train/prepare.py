@@ -16,7 +16,7 @@ from cache2cache.errors import DataError, RecipeError
 from cache2cache.fuser.base import Fuser, FuserConfig
 from cache2cache.fuser.layer_map import LAYER_MAPS
 from cache2cache.fuser.strict import in_words
-from cache2cache.models.load import LanguageModel, load
+from cache2cache.models.load import load
 from cache2cache.pipeline import C2C
 from cache2cache.train import sources
 from cache2cache.train.arguments import device_of
@@ -24,6 +24,7 @@ from cache2cache.train.batch import TrainRow
 from cache2cache.train.config import Machine, Recipe
 from cache2cache.train.contamination import Contamination, Dropped, read_held_out
 from cache2cache.train.rows import train_rows
+from cache2cache.types import ModelCard
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def load_pair(recipe: Recipe, machine: Machine) -> C2C:
     receiver = load(recipe.receiver, device=device, **options)
     alone = recipe.sharer == recipe.receiver and theirs == device
     sharer = receiver if alone else load(recipe.sharer, device=theirs, **options)
-    config = new_config(recipe, receiver, sharer)
+    config = new_config(recipe, receiver.card, sharer.card)
     set_seed(recipe.seed)
     fuser = Fuser.from_config(config)
     if recipe.fuser.init is not None:
@@ -77,7 +78,7 @@ def _begin_with(fuser: Fuser, trained: Fuser, name: str) -> None:
     fuser.load_state_dict(trained.state_dict())
 
 
-def new_config(recipe: Recipe, receiver: LanguageModel, sharer: LanguageModel) -> FuserConfig:
+def new_config(recipe: Recipe, receiver: ModelCard, sharer: ModelCard) -> FuserConfig:
     """The config of the fuser that a recipe describes, for this pair.
 
     Raises:
@@ -86,11 +87,11 @@ def new_config(recipe: Recipe, receiver: LanguageModel, sharer: LanguageModel) -
     part = recipe.fuser
     layer_map = part.layer_map
     if isinstance(layer_map, str):
-        layer_map = LAYER_MAPS[layer_map](receiver.card.geometry.layers, sharer.card.geometry.layers)
+        layer_map = LAYER_MAPS[layer_map](receiver.geometry.layers, sharer.geometry.layers)
     try:
         return FuserConfig(
-            receiver=receiver.card,
-            sharer=sharer.card,
+            receiver=receiver,
+            sharer=sharer,
             layer_map=layer_map,
             **part.model_dump(exclude={"layer_map", "init"}),
         )

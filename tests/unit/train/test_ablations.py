@@ -12,11 +12,11 @@ from cache2cache.errors import DataError
 from cache2cache.evaluate import folder, stats
 from cache2cache.evaluate.rowfile import RecordFile
 from cache2cache.evaluate.schema import Report, RowRecord
-from cache2cache.fuser.base import Fuser, FuserConfig
-from cache2cache.fuser.layer_map import LAYER_MAPS
+from cache2cache.fuser.base import Fuser
 from cache2cache.testing import random_fuser, tiny_tokenizer
 from cache2cache.text.chat import render
 from cache2cache.train.config import Recipe
+from cache2cache.train.prepare import new_config
 from cache2cache.train.recipes import differences, read_recipe
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "ablations"
@@ -63,13 +63,8 @@ def test_an_ablation_changes_one_thing(name: str):
 def test_its_fuser_fits_the_pair(name: str):
     part = recipe(name).fuser
     demo = Fuser.from_pretrained("demo").config
-    receiver, sharer = demo.receiver, demo.sharer
-    layer_map = part.layer_map
-    if isinstance(layer_map, str):
-        layer_map = LAYER_MAPS[layer_map](receiver.geometry.layers, sharer.geometry.layers)
-    fields = part.model_dump(exclude={"layer_map"})
     with torch.device("meta"):
-        fuser = Fuser.from_config(FuserConfig(receiver=receiver, sharer=sharer, layer_map=layer_map, **fields))
+        fuser = Fuser.from_config(new_config(recipe(name), demo.receiver, demo.sharer))
     assert fuser.speaks()
     for template in (part.receiver_template, part.sharer_template):
         assert (
