@@ -9,6 +9,10 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+_IDLE = 75
+"""Seconds after which an idle connection is closed. Clients built on httpx, OpenAI's among them, drop theirs after 5. A server
+that does it in the same moment, as uvicorn does by default, closes some just when a request is sent."""
+
 _CLOSING = 5
 """Seconds in which connections may still send what was written before the engine stopped."""
 
@@ -23,8 +27,9 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI):
         # Requests are logged by the app, which knows their ids.
         config = uvicorn.Config(
-            app, ws="none", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSING
-        )
+            app, ws="none", log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=_CLOSING,
+            timeout_keep_alive=_IDLE,
+        )  # fmt: skip
         super().__init__(config)
         self._lifecycle = app.state.lifecycle
         self._loop: asyncio.AbstractEventLoop | None = None

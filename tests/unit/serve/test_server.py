@@ -11,6 +11,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from fastapi import FastAPI
+
+from cache2cache.serve.server import Server
 
 SERVER = Path(__file__).parent / "drained_server.py"
 BODY = {"model": "small", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
@@ -89,3 +92,11 @@ def test_what_does_not_end_is_cut_off_with_an_error(running: Callable, until: Ca
         assert '"code":"stopping"' in next(lines)
         assert list(lines) == []
     assert process.wait(30) == 0
+
+
+def test_an_idle_connection_is_not_closed_while_a_client_may_still_use_it():
+    """A server that closes it in the moment in which the client sends a request leaves that request without an answer."""
+    app = FastAPI()
+    app.state.lifecycle = None
+    expiry = httpx2.Limits().keepalive_expiry
+    assert expiry is not None and Server(app).config.timeout_keep_alive > 2 * expiry
