@@ -134,7 +134,8 @@ def columns(cache: DynamicCache, start: int) -> torch.Tensor:
 
 
 def replace_columns(cache: DynamicCache, start: int, kv: torch.Tensor) -> None:
-    """Write keys and values in place of all positions from `start` on, out of place, so that gradients flow.
+    """Write keys and values in place of all positions from `start` on, or behind all of them, out of place, so that gradients
+    flow.
 
     Args:
         kv: (2, L, B, H, P, D); the cache has start + P positions afterwards.
@@ -144,15 +145,6 @@ def replace_columns(cache: DynamicCache, start: int, kv: torch.Tensor) -> None:
         zip(_held(cache), zip(*(side.unbind() for side in kv.unbind()), strict=True), strict=True)
     ):
         cache.layers[i] = _layer(*(torch.cat([x[..., :start, :], y], dim=-2) for x, y in zip(old, new, strict=True)))
-
-
-def append_columns(cache: DynamicCache, kv: torch.Tensor) -> None:
-    """Write keys and values behind all positions, out of place, so that gradients flow.
-
-    Args:
-        kv: (2, L, B, H, P, D)
-    """
-    replace_columns(cache, length(cache), kv)
 
 
 def clone(cache: DynamicCache) -> DynamicCache:

@@ -101,7 +101,8 @@ class ObjectivePart(_Part):
 
     fused: Literal["prompt", "everywhere"] = "prompt"
     """prompt: the whole response is read behind the fused prompt, as in use. everywhere: each of its tokens is read behind a
-    cache that is fused up to the token before it, so one row teaches as many fusions as its response has tokens."""
+    cache that is fused up to the token before it, so one row teaches as many fusions as its response has tokens; validation
+    rows are read in the same way."""
     response: float = Field(default=1.0, ge=0)
     """Weight of the response's cross-entropy."""
     distill: float = Field(default=0.0, ge=0)

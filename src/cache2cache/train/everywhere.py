@@ -19,7 +19,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from cache2cache.errors import ModelError
 from cache2cache.inputs import Row, SharerRow
+from cache2cache.models import trees
+from cache2cache.models.geometry import attention_window
 from cache2cache.pipeline import C2C
 from cache2cache.train.batch import TrainRow
 from cache2cache.train.pairing import paired
@@ -36,6 +39,7 @@ def everywhere(row: TrainRow, pair: C2C) -> TrainRow:
 
     Raises:
         DataError: see `pairing.paired`.
+        ModelError: the receiver's attention has a window that is shorter than the row.
     """
     (part,), prompt, count = row.row.sharers, len(row.row.ids), len(row.response)
     assert part is not None, "every training row has a sharer"
@@ -44,6 +48,13 @@ def everywhere(row: TrainRow, pair: C2C) -> TrainRow:
     hears[both.met] = both.read
     hears = np.maximum.accumulate(np.maximum(hears, part.alignment[max(prompt - 2, 0)]))
     ids = np.concatenate([row.row.ids, row.response[:-1]])
+    if not trees.sees_all(pair.receiver, len(ids)):
+        raise ModelError(
+            f"{pair.receiver.card.id} does not see a whole row in every layer, so it cannot be fused everywhere",
+            got=f"{len(ids)} tokens",
+            allowed=attention_window(pair.receiver.model.config),
+            hint="Set data.max_tokens to shorten the row",
+        )
     alignment = np.concatenate([part.alignment[:-1], hears[1:], hears[-1:]])
     due = np.where(np.concatenate([part.due[:-1] > 0, np.ones(count - 1, bool), [False]]), len(ids) - 1, 0)
     response = np.full(count, -100)

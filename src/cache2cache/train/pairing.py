@@ -40,7 +40,7 @@ def paired(row: TrainRow, pair: C2C) -> Pairing:
     assert part is not None, "every training row has a sharer"
     own, edges, own_spaced = _spelled(pair.receiver, row.row.ids, row.text)
     count = len(row.response)  # the end of the turn is one more, unless the row has only the response's beginning
-    if not np.array_equal(own[:count], row.response[: len(own)]):
+    if count > len(own) + 1 or not np.array_equal(own[:count], row.response[: len(own)]):
         raise DataError("a response is not made of its text's tokens", got=row.response.tolist(), allowed=own.tolist())
     theirs, their_edges, their_spaced = _spelled(sharer, part.ids, row.text)
     # Of tokens that spell nothing of the text, such as a lone space before it, the last one counts.

@@ -114,9 +114,11 @@ def prepare_rows(recipe: Recipe, pair: C2C, machine: Machine) -> Prepared:
     examples = []
     if not data.stream:
         examples = sources.read(data.train, machine, seed=recipe.seed, turns=data.turns, keep=avoid.keep)
-    lengths: dict[str, Any] = {"max_tokens": data.max_tokens, "response_tokens": data.response_tokens}
-    train, long_train = train_rows(examples, pair, fused=recipe.objective.fused, **lengths)
-    validation, long_validation = train_rows(chosen, pair, **lengths)
+    form: dict[str, Any] = {
+        "max_tokens": data.max_tokens, "response_tokens": data.response_tokens, "fused": recipe.objective.fused,
+    }  # fmt: skip
+    train, long_train = train_rows(examples, pair, **form)
+    validation, long_validation = train_rows(chosen, pair, **form)
     prepared = Prepared(train, validation, [*avoid.dropped, *long_train, *long_validation], avoid)
     if not validation or not (train or data.stream):
         raise DataError("no row is left to train or to validate on", got=f"dropped: {_counted(prepared.dropped)}")

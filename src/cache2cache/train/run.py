@@ -106,7 +106,7 @@ def _step(recipe: Recipe, pair: C2C, first: list[Item]) -> TrainingStep:
     ):
         raise ModelError(
             f"{pair.receiver.card.id} cannot read rows that are fused everywhere",
-            allowed="models that take a mask of their own for each token, and see the whole row in every layer",
+            allowed="models that take a mask of their own for each token",
             hint='Train with objective.fused = "prompt"',
         )
     if first[0].own is None:

@@ -86,8 +86,7 @@ class TrainingStep(nn.Module):
                 "no position of a batch is fused, so nothing can be learned from it", hint="Raise fuse_last"
             )
         labelled, parts = batch["labels"] != -100, self._parts
-        read = self._logits if parts.fused == "prompt" else self._logits_everywhere
-        logits = read(batch, own, heard)
+        logits = self._logits(batch, own, heard)
         nats = objective.nats(logits, batch["response"][labelled])
         loss = parts.response * nats.sum()
         if parts.distill:
@@ -146,9 +145,12 @@ class TrainingStep(nn.Module):
         return kv.gather(cache, at, self._mapped).to(batch["ids"].device)
 
     def _logits(self, batch: Batch, own: DynamicCache, heard: Heard) -> torch.Tensor:
-        """(K, V) at the labelled positions, row after row.
+        """(K, V) at the labelled positions, row after row."""
+        read = self._behind_prompts if self._parts.fused == "prompt" else self._everywhere
+        return read(batch, own, heard)
 
-        The receiver reads up to where something is due, is fused there, and reads on in the fused cache; from the first
+    def _behind_prompts(self, batch: Batch, own: DynamicCache, heard: Heard) -> torch.Tensor:
+        """The receiver reads up to where something is due, is fused there, and reads on in the fused cache; from the first
         fusion on with gradients.
         """
         model, ids, mask = self._pair[0].receiver.model, batch["ids"], batch["mask"]
@@ -163,13 +165,15 @@ class TrainingStep(nn.Module):
         with self._reading(tail.shape[1]):
             return logits_at(model, tail, whole, cache, batch["labels"] != -100)
 
-    def _logits_everywhere(self, batch: Batch, own: DynamicCache, heard: Heard) -> torch.Tensor:
-        """As `_logits`, where each response token is read behind a cache that is fused up to the token before it."""
+    def _everywhere(self, batch: Batch, own: DynamicCache, heard: Heard) -> torch.Tensor:
+        """The receiver reads each response token behind a cache that is fused up to the token before it."""
         model, ids, mask = self._pair[0].receiver.model, batch["ids"], batch["mask"]
-        cache, stop, queries = kv.clone(own), ids.shape[1] - 1, batch["labels"].shape[1]
-        _, fused = self._fused(cache, mask, stop, heard)
-        kv.append_columns(cache, fused)
-        sees = seen(mask, heard.due, fused.shape[4], queries, self.fuser.config.fuse_last)
+        cache, stop, queries, width = kv.clone(own), ids.shape[1] - 1, batch["labels"].shape[1], 0
+        if (heard.due == stop).any():
+            start, fused = self._fused(cache, mask, stop, heard)
+            kv.replace_columns(cache, stop, fused)
+            width = stop - start
+        sees = seen(mask, heard.due, width, queries, self.fuser.config.fuse_last)
         added = torch.where(sees, 0.0, torch.finfo(model.dtype).min).to(model.dtype)[:, None]
         positions = kv.position_ids(mask)[:, -queries:]
         with self._reading(queries):

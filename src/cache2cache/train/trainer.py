@@ -83,7 +83,7 @@ class FuserTrainer(Trainer):
                     kind = "gates" if gate else "weights" if name.endswith(".weight") else "norms and biases"
                     groups[kind]["params"].append(parameter)
             used = [group for group in groups.values() if group["params"]]
-            self.optimizer = torch.optim.AdamW(used, lr=optim.learning_rate, fused=True)
+            self.optimizer = torch.optim.AdamW(used, lr=optim.learning_rate)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Order | None:

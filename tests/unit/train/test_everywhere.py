@@ -103,6 +103,16 @@ def test_what_is_heard_never_reaches_beyond_what_the_receiver_predicts():
             assert ahead.strip() == written.strip()
 
 
+def test_a_validation_reads_its_rows_in_the_same_way():
+    pair = pair_of(3)
+    rows = made(pair, "everywhere")
+    step, batch = TrainingStep(pair, ObjectivePart(fused="everywhere")), Collator(pair)([Item(row) for row in rows])
+    with torch.no_grad():
+        found = step.eval()(**batch)
+    torch.testing.assert_close(found["nats"].sum(), summed(pair, rows, "everywhere")[0], rtol=1e-4, atol=1e-4)
+    assert (found["mismatched"] != found["nats"]).all()
+
+
 def test_a_recipe_says_what_it_cannot_be_combined_with():
     plain = {
         "receiver": "r", "sharer": "s", "fuser": {"alignment": "same-ids"}, "objective": {"fused": "everywhere"},

@@ -338,7 +338,15 @@ def test_rows_that_are_fused_everywhere_are_learned_alike_with_and_without_store
     assert live["validation_loss"] == pytest.approx(stored["validation_loss"], abs=1e-3)
 
 
+def test_a_model_that_takes_no_mask_for_each_token_is_not_fused_everywhere(
+    models, recipe, machine, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cache2cache.models.trees.readable", lambda lm, longest: False)
+    with pytest.raises(ModelError, match="cannot read rows that are fused everywhere"):
+        train(recipe(objective={"fused": "everywhere"}), tmp_path / "out", machine)
+
+
 def test_a_model_that_does_not_see_a_whole_row_is_not_fused_everywhere(models, recipe, machine, tmp_path, monkeypatch):
     monkeypatch.setattr("cache2cache.models.trees.sees_all", lambda lm, tokens: False)
-    with pytest.raises(ModelError, match="cannot read rows that are fused everywhere"):
+    with pytest.raises(ModelError, match="does not see a whole row in every layer"):
         train(recipe(objective={"fused": "everywhere"}), tmp_path / "out", machine)
