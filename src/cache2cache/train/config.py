@@ -79,6 +79,8 @@ class DataPart(_Part):
 
     train: tuple[Source, ...] = Field(min_length=1)
     validation: tuple[Source, ...] = Field(min_length=1)
+    seed: int | None = None
+    """Of samples and mixtures; the run's seed by default. With one of their own, runs of several seeds share rows and prefills."""
     held_out: tuple[str, ...] = ()
     """Evaluation rows: files in the data folder, or names of tasks. Training rows with the same question, or a run of 13 words
     of one, are dropped and named."""
@@ -182,11 +184,17 @@ class Recipe(_Part):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of both models; the fuser is trained in float32."""
     seed: int = 0
+    """Of initial weights, the order of rows, and noise; of the rows' sample too, unless `data.seed` is set."""
     fuser: FuserPart = FuserPart()
     data: DataPart
     objective: ObjectivePart = ObjectivePart()
     optim: OptimPart = OptimPart()
     watch: WatchPart = WatchPart()
+
+    @property
+    def rows_seed(self) -> int:
+        """Which rows are drawn."""
+        return self.seed if self.data.seed is None else self.data.seed
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -109,11 +109,11 @@ def prepare_rows(recipe: Recipe, pair: C2C, machine: Machine) -> Prepared:
         ContextLengthError: see `rows.train_rows`.
     """
     data = recipe.data
-    chosen = sources.read(data.validation, machine, seed=recipe.seed, turns=data.turns)
+    chosen = sources.read(data.validation, machine, seed=recipe.rows_seed, turns=data.turns)
     avoid = Contamination(read_held_out(data.held_out, machine), chosen)
     examples = []
     if not data.stream:
-        examples = sources.read(data.train, machine, seed=recipe.seed, turns=data.turns, keep=avoid.keep)
+        examples = sources.read(data.train, machine, seed=recipe.rows_seed, turns=data.turns, keep=avoid.keep)
     form: dict[str, Any] = {
         "max_tokens": data.max_tokens, "response_tokens": data.response_tokens, "fused": recipe.objective.fused,
     }  # fmt: skip

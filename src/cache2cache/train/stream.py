@@ -39,7 +39,7 @@ class RowStream(IterableDataset[Item]):
     def __iter__(self) -> Iterator[Item]:
         data = self._recipe.data
         examples = sources.stream(
-            data.train, self._machine, seed=self._recipe.seed, turns=data.turns, buffer=data.shuffle_buffer,
+            data.train, self._machine, seed=self._recipe.rows_seed, turns=data.turns, buffer=data.shuffle_buffer,
             keep=self._avoid.keep,
         )  # fmt: skip
         for number in count():

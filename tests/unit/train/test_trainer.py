@@ -101,6 +101,21 @@ def content_of(row, receiver) -> str:
     return text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
 
 
+def test_seeds_may_share_their_rows(models, recipe, machine):
+    some = {"train": [{"path": "train.jsonl", "limit": 6}], "validation": [{"path": "dev.jsonl", "limit": 3}]}
+
+    def drawn(seed: int, rows_seed: int | None):
+        run = recipe(seed=seed, data=some | {"seed": rows_seed})
+        pair = load_pair(run, machine)
+        prepared = prepare_rows(run, pair, machine)
+        asked = [[row.row.ids.tolist() for row in part] for part in (prepared.train, prepared.validation)]
+        return asked, torch.cat([x.flatten() for x in pair.fusers[0].parameters()]).detach()
+
+    (base, weights), (same, others), (own, _) = drawn(0, None), drawn(1, 0), drawn(1, None)
+    assert base == same and not torch.equal(weights, others)
+    assert base[0] != own[0] and base[1] != own[1]
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_sharer_whose_prefills_are_kept_gives_its_memory_back(models, recipe, machine, tmp_path, monkeypatch, kept):
     pairs = []
