@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Look at fusers, convert them, try them on a pair.")
 
 Location = Annotated[
-    str, typer.Argument(metavar="FUSER", help="`demo`, a folder, or a hub id: org/repo or org/repo/folder.")
+    str, typer.Argument(metavar="FUSER", help="`demo`, `general`, a folder, or a hub id: org/repo or org/repo/folder.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="The same for machines.")]
@@ -41,7 +41,7 @@ def inspect(fuser: Location, revision: Revision = None, json: Json = False) -> N
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="`demo`, a folder, or a hub id.")],
+    source: Annotated[str, typer.Argument(help="`demo`, `general`, a folder, or a hub id.")],
     destination: Annotated[Path, typer.Argument(help="A folder that is not there yet, or empty.")],
     to: Annotated[
         Literal["native", "published"] | None, typer.Option(help="The other layout than the source's by default.")

@@ -99,7 +99,7 @@ class Fuser(nn.Module):
         """Load a fuser: our format or a published checkpoint.
 
         Args:
-            location: `demo` (the one that ships with the package), a folder, a hub id `org/repo`, or
+            location: `demo` or `general` (which ship with the package), a folder, a hub id `org/repo`, or
                 `org/repo/folder` for a repository that holds several.
             revision: branch, tag or commit of a hub id.
             dtype: of the weights in memory; inputs are converted to it and outputs back.

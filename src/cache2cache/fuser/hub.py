@@ -12,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from cache2cache.errors import DownloadError, FuserFormatError
 
-DEMO = "demo"
+SHIPPED = ("demo", "general")
+"""Fusers in the package, each in a folder NAME_fuser of its data."""
 
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<sub>[\w+-][\w.+-]*(?:/[\w+-][\w.+-]*)*))?/?")
 _FILES = ("fuser.safetensors", "fuser_config.json", "config.json", "projector_*")
@@ -28,7 +29,7 @@ def locate(location: str | os.PathLike[str], revision: str | None = None) -> Pat
     """The local folder of a fuser, fetched first if it is on the hub.
 
     Args:
-        location: `demo`, a folder, or a hub id `org/repo` or `org/repo/folder`.
+        location: `demo` or `general`, a folder, or a hub id `org/repo` or `org/repo/folder`.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -36,12 +37,12 @@ def locate(location: str | os.PathLike[str], revision: str | None = None) -> Pat
         DownloadError: the hub did not answer, or has no such repository.
     """
     name = os.fspath(location)
-    if name == DEMO:
-        return _demo()
+    if name in SHIPPED:
+        return _shipped(name)
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder
-    allowed = f"{DEMO}, a folder, a hub id org/repo, or org/repo/folder"
+    allowed = f"{', '.join(SHIPPED)}, a folder, a hub id org/repo, or org/repo/folder"
     if name and folder.exists():
         raise FuserFormatError("a fuser is a folder, not a file", got=name, allowed=allowed)
     if isinstance(location, str) and (parts := _HUB_ID.fullmatch(name)):
@@ -49,10 +50,10 @@ def locate(location: str | os.PathLike[str], revision: str | None = None) -> Pat
     raise FuserFormatError("there is no such fuser", got=repr(name), allowed=allowed)
 
 
-def _demo() -> Path:
-    folder = Path(str(files("cache2cache.data"))) / "demo_fuser"
+def _shipped(name: str) -> Path:
+    folder = Path(str(files("cache2cache.data"))) / f"{name}_fuser"
     if not folder.is_dir():
-        raise FuserFormatError("this installation has no demo fuser", hint="Install the released package again")
+        raise FuserFormatError(f"this installation has no {name} fuser", hint="Install the released package again")
     return folder
 
 

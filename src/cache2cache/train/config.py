@@ -24,7 +24,7 @@ class FuserPart(_Part):
     layer_map: Literal["last-aligned", "depth-normalised"] | tuple[int, ...] = "last-aligned"
     """A rule, or the sharer layer of each receiver layer."""
     init: str | None = None
-    """A trained fuser to go on from: a folder, `demo` or a hub id. Kind, sizes and layer map must be the recipe's; its
+    """A trained fuser to go on from: a folder, `demo`, `general` or a hub id. Kind, sizes and layer map must be the recipe's; its
     statistics of the caches are kept."""
     alignment: Alignment = "native"
     receiver_template: str | None = None

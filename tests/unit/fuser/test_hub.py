@@ -1,6 +1,5 @@
 """Fusers on the hub, with the hub's client replaced."""
 
-from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
 import huggingface_hub
@@ -126,16 +125,17 @@ def test_push_refused(served, fuser, monkeypatch):
         fuser.push_to_hub("me/mine")
 
 
-def test_demo_is_in_the_package():
-    if not (files("cache2cache.data") / "demo_fuser").is_dir():
-        pytest.skip("no demo fuser in this working tree")
-    assert Fuser.from_pretrained("demo").config.kind == "compact"
+@pytest.mark.parametrize("name", hub.SHIPPED)
+def test_fusers_of_the_package(name):
+    config = Fuser.from_pretrained(name).config
+    assert (config.kind, config.receiver.id, config.sharer.id) == ("compact", "smollm2-135m", "qwen2.5-coder-1.5b")
 
 
-def test_demo_is_missing(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", hub.SHIPPED)
+def test_a_fuser_of_the_package_is_missing(name, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "files", lambda _: tmp_path)
-    with pytest.raises(FuserFormatError, match="has no demo fuser"):
-        Fuser.from_pretrained("demo")
+    with pytest.raises(FuserFormatError, match=f"has no {name} fuser"):
+        Fuser.from_pretrained(name)
 
 
 def _response():

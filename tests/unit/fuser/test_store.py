@@ -139,7 +139,7 @@ def test_not_a_fuser(tmp_path):
 
 def test_names_that_mean_nothing(tmp_path):
     for name in ("no-such-fuser", str(tmp_path / "missing"), "../up/there", ""):
-        refused(name, "no such fuser", "demo, a folder, a hub id")
+        refused(name, "no such fuser", "demo, general, a folder, a hub id")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "not a file")
 
