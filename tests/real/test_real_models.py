@@ -37,13 +37,22 @@ def test_every_row_of_a_batch_gets_what_it_gets_alone(demo, system):
     assert [answer.ids for answer in pair.generate(conversations, sharers=sharers, **GREEDY)] == alone
 
 
-def test_the_demo_fuser_answers_with_a_letter_and_listens_to_the_sharer(demo):
+@pytest.mark.parametrize("name", ["demo", "general"])
+def test_a_shipped_fuser_answers_with_a_letter_and_listens_to_the_sharer(demo, name):
+    pair = C2C(demo.receiver, demo.sharers, [Fuser.from_pretrained(name)])
     conversations = [question.messages() for question in QUESTIONS]
-    fused = demo.generate(conversations, **GREEDY)
+    fused = pair.generate(conversations, **GREEDY)
     letters = [extract_letter(a.text, q.letters) for a, q in zip(fused, QUESTIONS, strict=True)]
     assert all(letters), [a.text for a in fused]
     # The receiver alone answers nearly every question with the same letter; what the sharer says must vary.
     assert len(set(letters)) >= 3
+
+
+def test_the_general_fuser_answers_what_has_no_letters(demo):
+    pair = C2C(demo.receiver, demo.sharers, [Fuser.from_pretrained("general")])
+    question = "The Nile flows north through Sudan and Egypt. It is about 6,650 km long.\n\nWhere does the Nile flow to?"
+    answer = pair.generate([{"role": "user", "content": question}], **GREEDY)
+    assert {"north", "Sudan", "Egypt"} & set(answer.text.replace(".", " ").split())
 
 
 def test_closed_gates_are_the_receiver_alone(demo):
