@@ -50,7 +50,9 @@ def test_a_shipped_fuser_answers_with_a_letter_and_listens_to_the_sharer(demo, n
 
 def test_the_general_fuser_answers_what_has_no_letters(demo):
     pair = C2C(demo.receiver, demo.sharers, [Fuser.from_pretrained("general")])
-    question = "The Nile flows north through Sudan and Egypt. It is about 6,650 km long.\n\nWhere does the Nile flow to?"
+    question = (
+        "The Nile flows north through Sudan and Egypt. It is about 6,650 km long.\n\nWhere does the Nile flow to?"
+    )
     answer = pair.generate([{"role": "user", "content": question}], **GREEDY)
     assert {"north", "Sudan", "Egypt"} & set(answer.text.replace(".", " ").split())
 

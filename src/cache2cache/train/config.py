@@ -80,7 +80,7 @@ class DataPart(_Part):
     train: tuple[Source, ...] = Field(min_length=1)
     validation: tuple[Source, ...] = Field(min_length=1)
     seed: int | None = None
-    """Of samples and mixtures; the run's seed by default. With one of their own, runs of several seeds share rows and prefills."""
+    """Of samples and mixtures; the run's seed by default. With their own, runs of several seeds share rows and prefills."""
     held_out: tuple[str, ...] = ()
     """Evaluation rows: files in the data folder, or names of tasks. Training rows with the same question, or a run of 13 words
     of one, are dropped and named."""
