@@ -80,7 +80,9 @@ def _unknown(names: Sequence[str], path: _Path, model: type[BaseModel]) -> str:
 def _meant(name: str, table: str, model: type[BaseModel]) -> str:
     """The field that was perhaps meant: the same name in another table before a similar one in this."""
     here = {field: _dotted((table, field)) for field in model.model_fields}
-    there = {field: _dotted((other, field)) for other, part in _tables(Recipe, "") for field in part.model_fields}
+    # Of tables that have the same field the outermost counts, which comes first.
+    tables = reversed(list(_tables(Recipe, "")))
+    there = {field: _dotted((other, field)) for other, part in tables for field in part.model_fields}
     if name in there:
         return f" (did you mean {there[name]}?)"
     for fields in (here, there):
