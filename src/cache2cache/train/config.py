@@ -36,12 +36,12 @@ class FuserPart(_Part):
 
 
 class Source(_Part):
-    """One set of rows: multiple choice (question, choices, answer), or chats (messages)."""
+    """One set of rows: multiple choice (question, choices, answer), short answers (question, answer), or chats (messages)."""
 
     path: str | None = None
     """A .jsonl, .jsonl.zst or .parquet file, relative to the data folder."""
     hub: str | None = None
-    """A data set on the hub, `org/name`, whose rows have one of the two forms."""
+    """A data set on the hub, `org/name`, whose rows have one of these forms."""
     subset: str | None = None
     """The hub's name for a part of a data set, its config."""
     split: str = "train"

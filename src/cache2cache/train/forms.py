@@ -1,4 +1,4 @@
-"""What a training row may look like: multiple choice, or a chat. From a row to examples."""
+"""What a training row may look like: multiple choice, a question with a short answer, or a chat. From a row to examples."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cache2cache.errors import ConversationError, DataError
-from cache2cache.evaluate.tasks.own import OwnChoice
+from cache2cache.evaluate.tasks.own import OwnChoice, OwnShortAnswer
 from cache2cache.text.chat import check
 from cache2cache.train.batch import Example
 from cache2cache.types import Message
 
 Turns = Literal["last", "every"]
 
-_CHOICE = OwnChoice("training", "Training rows", "your own data", sources={})
+_ABOUT = ("training", "Training rows", "your own data")
+_CHOICE, _SHORT = OwnChoice(*_ABOUT, sources={}), OwnShortAnswer(*_ABOUT, sources={})
 
 
 def examples_of(row: Mapping[str, Any], place: str, turns: Turns) -> list[Example]:
     """The examples in a row: one, one for each answer of a chat, or none of a question that MMLU-Redux marks as wrong.
+
+    Questions are asked as `c2c eval` asks them of a user's file. Of several right answers the first is learned.
 
     Args:
         place: as in `Example`; with every turn it also gets the number of the message.
@@ -28,12 +31,15 @@ def examples_of(row: Mapping[str, Any], place: str, turns: Turns) -> list[Exampl
     """
     if row.get("messages") is not None:
         return _chat(row["messages"], place, turns)
-    if row.get("choices") is None:
-        allowed = "question + choices + answer, or messages"
+    if row.get("question") is None:
+        allowed = "question + choices + answer, question + answer, or messages"
         raise DataError("a row of no known form", got=", ".join(row) or "an empty row", allowed=allowed)
     if row.get("error_type", "ok") != "ok":
         return []
-    item = _CHOICE.item({"id": place} | {key: row.get(key) for key in ("question", "choices", "answer")})
+    form, keys = _SHORT, ("question", "context", "answer", "answers")
+    if row.get("choices") is not None:
+        form, keys = _CHOICE, ("question", "choices", "answer")
+    item = form.item({"id": place} | {key: row.get(key) for key in keys})
     return [Example(list(item.messages), item.target, item.topic, place)]
 
 

@@ -140,14 +140,6 @@ def written(report, out, rows=None):
     return out
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_figures():
-    """What is tested of figures does not depend on how many points they have, and most of the time goes into those."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "DPI", 40)
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return written(make_report(), tmp_path_factory.mktemp("report"))

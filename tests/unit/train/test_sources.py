@@ -70,6 +70,23 @@ def test_chats_in_parquet_are_read_too(tmp_path, machine):
     assert (example.messages, example.response) == (CHAT["messages"][:-1], "so long")
 
 
+@pytest.mark.parametrize("name", ["short.jsonl", "short.parquet"])
+def test_short_answers_are_asked_as_the_evaluation_asks_a_file_of_them(tmp_path, machine, name):
+    rows = [
+        {"question": "What colour?", "context": None, "answers": ["blue", "Blue"]},
+        {"question": "Where?", "answers": ["here"], "context": "It is here."},
+    ]
+    bare, passage = one(write(tmp_path, name, rows), machine)
+    assert (bare.response, bare.asked) == ("blue", "What colour?")
+    assert bare.messages == [{"role": "user", "content": "Question: What colour?\nAnswer with a few words."}]
+    assert passage.messages[0]["content"].startswith("Context: It is here.\n\nQuestion: Where?\n")
+
+
+def test_a_short_answer_may_stand_alone(tmp_path, machine):
+    (example,) = one(write(tmp_path, "a.jsonl", [{"question": "How many?", "answer": 7}]), machine)
+    assert example.response == "7"
+
+
 def test_a_chat_is_one_example_or_one_for_each_answer(tmp_path, machine):
     source = write(tmp_path, "chats.jsonl", [CHAT])
     (last,) = one(source, machine)
@@ -130,6 +147,11 @@ _ANSWER = {"role": "assistant", "content": "yes"}
         (QUESTION | {"answer": 2}, "none of the choices"),
         (QUESTION | {"choices": ["red"]}, "choices"),
         ({"choices": ["a", "b"], "answer": 0}, "question"),
+        ({"question": "Which?"}, "either answer or answers; got id, question"),
+        ({"question": "Which?", "answer": "a", "answers": ["a"]}, "either answer or answers"),
+        ({"question": "Which?", "answers": []}, "answers: "),
+        ({"question": " ", "answer": "a"}, "question: "),
+        ({"question": "Which?", "answer": " "}, "answers.0: "),
         ({"messages": []}, "conversation is empty"),
         ({"messages": "hi"}, "list of messages"),
         ({"messages": CHAT["messages"][:4]}, "does not end with an answer; got user"),
