@@ -36,9 +36,15 @@ def examples_of(row: Mapping[str, Any], place: str, turns: Turns) -> list[Exampl
         raise DataError("a row of no known form", got=", ".join(row) or "an empty row", allowed=allowed)
     if row.get("error_type", "ok") != "ok":
         return []
-    form, keys = _SHORT, ("question", "context", "answer", "answers")
-    if row.get("choices") is not None:
+    if "choices" in row:
         form, keys = _CHOICE, ("question", "choices", "answer")
+    else:
+        form, keys = _SHORT, ("question", "context", "answer", "answers")
+        if isinstance(row.get("answer"), int):  # of a row whose choices have another name it would be learned as text
+            raise DataError(
+                "a number as the answer of a row without choices", got=row["answer"], allowed="text, or choices beside it",
+                hint="Write the number as text, or name the options choices",
+            )  # fmt: skip
     item = form.item({"id": place} | {key: row.get(key) for key in keys})
     return [Example(list(item.messages), item.target, item.topic, place)]
 

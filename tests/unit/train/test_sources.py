@@ -83,7 +83,7 @@ def test_short_answers_are_asked_as_the_evaluation_asks_a_file_of_them(tmp_path,
 
 
 def test_a_short_answer_may_stand_alone(tmp_path, machine):
-    (example,) = one(write(tmp_path, "a.jsonl", [{"question": "How many?", "answer": 7}]), machine)
+    (example,) = one(write(tmp_path, "a.jsonl", [{"question": "How many?", "answer": "7"}]), machine)
     assert example.response == "7"
 
 
@@ -150,6 +150,11 @@ _ANSWER = {"role": "assistant", "content": "yes"}
         ({"question": "Which?"}, "either answer or answers; got id, question"),
         ({"question": "Which?", "answer": "a", "answers": ["a"]}, "either answer or answers"),
         ({"question": "Which?", "answers": []}, "answers: "),
+        (
+            {"question": "Which?", "options": ["a", "b"], "answer": 1},
+            "number as the answer of a row without choices; got 1",
+        ),
+        ({"question": "Which?", "choices": None, "answer": "a"}, "choices: "),
         ({"question": " ", "answer": "a"}, "question: "),
         ({"question": "Which?", "answer": " "}, "answers.0: "),
         ({"messages": []}, "conversation is empty"),
