@@ -205,7 +205,8 @@ def test_templates_render_with_and_without_a_bos(name: str):
     for template in (part.receiver_template, part.sharer_template):
         for bos in (False, True):
             text = render(tiny_tokenizer(bos=bos), ASKED, template=template).text
-            assert text.count("Which?") == 1
+            read_twice = name == "question-first" and template == part.sharer_template
+            assert text.count("Which?") == 1 + read_twice
 
 
 @pytest.mark.parametrize("name", NAMES)
