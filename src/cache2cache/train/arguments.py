@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import parse_flag_from_env
+from torch.distributed.fsdp import StateDictType
 from transformers import TrainingArguments
 
-from cache2cache.errors import RecipeError
+from cache2cache.errors import RecipeError, TrainingError
 from cache2cache.train.config import Machine, Recipe
 
 
@@ -38,7 +41,11 @@ def arguments(recipe: Recipe, output: Path, device: torch.device) -> TrainingArg
 
     Several processes take equal shares: where the rows of an epoch do not fill its last batches, accelerate fills them up
     with the epoch's first rows.
+
+    Raises:
+        TrainingError: FSDP that is to save shards, which are no fuser.
     """
+    _check_fsdp()
     optim, watch = recipe.optim, recipe.watch
     args = TrainingArguments(
         output_dir=str(output),
@@ -77,3 +84,16 @@ def arguments(recipe: Recipe, output: Path, device: torch.device) -> TrainingArg
         args.__dict__["_setup_devices"] = device
         torch.accelerator.set_device_index(device.index or 0)
     return args
+
+
+def _check_fsdp() -> None:
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    saved = FullyShardedDataParallelPlugin().state_dict_type
+    if saved != StateDictType.FULL_STATE_DICT:
+        raise TrainingError(
+            "FSDP must save whole fusers, not shards of them",
+            got=saved.name if isinstance(saved, StateDictType) else saved,
+            allowed=StateDictType.FULL_STATE_DICT.name,
+            hint="accelerate launch --fsdp_state_dict_type FULL_STATE_DICT …",
+        )

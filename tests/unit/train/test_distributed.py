@@ -33,11 +33,22 @@ def folder(data, tmp_path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, output: str, recipe, processes: int, *arguments: str) -> subprocess.CompletedProcess:
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+"""As `accelerate launch --use_fsdp` sets them."""
+
+
+def run(
+    folder: Path, output: str, recipe, processes: int, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess:
     (folder / f"{output}.json").write_text(recipe.model_dump_json())
     program = [Path(__file__).with_name("distributed_run.py"), folder, output, *arguments]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run([*torchrun, *program], env=environment, capture_output=True, text=True)
 
 
@@ -89,3 +100,30 @@ def test_two_processes_go_on_after_a_kill(folder, recipe):
     others = weights(folder / "cut")
     for name, tensor in weights(folder / "whole").items():
         assert torch.equal(tensor, others[name]), name
+
+
+def test_a_fuser_in_shards_learns_the_same_also_after_a_kill(folder, recipe):
+    parts = {"receiver": str(folder / "receiver"), "sharer": str(folder / "sharer")}
+    watch = {"eval_steps": 3, "log_steps": 1, "keep": 1, "report_to": []}
+    one, two = (recipe(**parts, optim={"epochs": 3, "batch_size": size}, watch=watch) for size in (4, 2))
+    assert run(folder, "one", one, 1).returncode == 0
+    assert run(folder, "two", two, 2, "7", **FSDP).returncode != 0
+    checkpoint = last_complete(folder / "two")
+    assert checkpoint is not None and checkpoint.step == 6
+    done = run(folder, "two", two, 2, **FSDP)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(history(folder / "one"), history(folder / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    best = last_complete(folder / "two")
+    assert best is not None and best.best_step == best.step == 12
+    last, kept = weights(folder / "two"), Fuser.from_pretrained(folder / "two" / "fuser").state_dict()
+    for name, tensor in weights(folder / "one").items():
+        torch.testing.assert_close(last[name], tensor, rtol=2e-2, atol=2e-3)
+        assert torch.equal(kept[name], last[name].bfloat16().float()), name
+
+
+def test_checkpoints_that_would_hold_no_fuser_are_refused_before_anything_is_read(folder, recipe):
+    done = run(folder, "two", recipe(), 2, **FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"})
+    assert done.returncode != 0
+    assert "FSDP must save whole fusers" in done.stderr and "FULL_STATE_DICT" in done.stderr
+    assert not (folder / "two").exists()
