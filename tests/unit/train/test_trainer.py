@@ -308,6 +308,19 @@ def test_several_processes_do_not_share_an_accelerator(monkeypatch):
         device_of(Machine(device="cuda:0"))
 
 
+@pytest.mark.parametrize("saved", [None, "SHARDED_STATE_DICT"])
+def test_checkpoints_that_would_hold_no_fuser_are_refused(recipe, monkeypatch, tmp_path, saved):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    if saved:
+        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", saved)
+    with pytest.raises(TrainingError, match=r"whole fusers(?s:.*)FULL_STATE_DICT") as error:
+        arguments(recipe(), tmp_path, torch.device("cpu"))
+    assert error.value.got == (saved or "SHARDED_STATE_DICT")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    arguments(recipe(), tmp_path, torch.device("cpu"))
+
+
 def trainer_of(recipe: Recipe, machine: Machine, tmp_path: Path) -> tuple[FuserTrainer, TrainingStep]:
     pair = load_pair(recipe, machine)
     step = TrainingStep(pair, recipe.objective)
