@@ -13,7 +13,9 @@ import json
 import random
 from pathlib import Path
 
+from cache2cache.evaluate.tasks import get
 from cache2cache.evaluate.tasks.files import rows_of
+from cache2cache.evaluate.tasks.load import find
 
 VALIDATION = 80
 """More than the recipe takes, since rows that resemble those of evaluation are left out."""
@@ -28,8 +30,7 @@ def main() -> None:
     data = parser.parse_args().data_dir
     out = data / "question-first"
     out.mkdir(exist_ok=True)
-    packed = data / "squad" / "train.jsonl.zst"
-    squad = [row for _, row in rows_of(packed if packed.is_file() else packed.with_suffix(""))]
+    squad = [row for _, row in rows_of(find(data, get("squad").sources["train"]))]
     for split, rows in drawn(squad).items():
         text = "".join(json.dumps(short_answer(row), ensure_ascii=False) + "\n" for row in rows)
         (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
