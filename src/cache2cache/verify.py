@@ -114,7 +114,7 @@ def _not_rotary(lm: LanguageModel, found: str) -> ModelError:
         f"the keys of {lm.card.id} cannot be rotated back to position 0",
         got=found,
         allowed="rotary embeddings in half-split pairs with fixed frequencies",
-        hint='Use a fuser of kind "paper", which takes keys as they are',
+        hint='Use a fuser of kind "paper", or one with sizes.still_keys = false: they take keys as they are',
     )
 
 

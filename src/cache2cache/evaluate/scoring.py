@@ -16,6 +16,7 @@ from cache2cache.evaluate.items import Answer, Cost, Item
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel, pad_id
 from cache2cache.pipeline import C2C, Prefill
+from cache2cache.text.continuation import continued
 from cache2cache.types import clock
 
 
@@ -103,15 +104,8 @@ def target_nats(lm: LanguageModel, prefill: Prefill, targets: Sequence[Sequence[
 
 
 def target_ids(lm: LanguageModel, prompt: torch.Tensor, target: str) -> list[int]:
-    """Tokens of a target, with its `lead`."""
-    return list(lm.tokenizer(lead(lm, prompt) + target, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-
-
-def lead(lm: LanguageModel, prompt: torch.Tensor) -> str:
-    """The space that a prompt which ends in a word, such as "Answer:", asks for before its answer; otherwise nothing."""
-    last = str(lm.tokenizer.decode(prompt[-1:]))
-    special = int(prompt[-1]) in lm.tokenizer.all_special_ids
-    return "" if special or last[-1:].isspace() else " "
+    """Tokens of a target behind a prompt (n,)."""
+    return continued(lm.tokenizer, int(prompt[-1]), target).ids.tolist()
 
 
 def letter_logprobs(lm: LanguageModel, logits: torch.Tensor, letters: str) -> tuple[float, ...]:
@@ -128,11 +122,14 @@ def letter_logprobs(lm: LanguageModel, logits: torch.Tensor, letters: str) -> tu
 
 
 def _spellings(lm: LanguageModel, letter: str) -> list[int]:
-    spelled = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (letter, f" {letter}")]
-    single = sorted({ids[0] for ids in spelled if len(ids) == 1})  # type: ignore[arg-type, index]
+    texts = (letter, f" {letter}")
+    spelled: list[list[int]] = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]  # type: ignore[misc]
+    for last in lm.tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]:  # type: ignore[index]
+        spelled += [continued(lm.tokenizer, int(last), text).ids.tolist() for text in texts]  # type: ignore[arg-type]
+    single = sorted({ids[0] for ids in spelled if len(ids) == 1})
     if not single:
         raise ModelError(f"{lm.card.id} has no token for the letter {letter}", got=spelled, allowed="one token")
-    return single  # type: ignore[return-value]
+    return single
 
 
 @dataclass(frozen=True)

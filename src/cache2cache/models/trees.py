@@ -6,6 +6,7 @@ rest sees the beginning and itself, at the positions that it has in the prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ from cache2cache.models.parts import Chosen, Ids, chosen_positions, right_padded
 _WORTH = 32
 """Tokens that prompts must have in common."""
 
-_CUT = 16
-"""Prompts of a tree, on average, where more of them begin alike."""
+_CUT_PROMPTS, _CUT_TOKENS = 16, 4096
+"""How large trees become on average where more prompts begin alike: so many prompts, or fewer of so many tokens in all."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,34 @@ def alone(prompts: Sequence[Ids]) -> list[Tree]:
 def grow(prompts: Sequence[Ids], keys: Sequence[str]) -> list[Tree]:
     """All prompts in trees, those that begin like no other each in one of its own; by the first prompt of each.
 
-    Where a tree ends depends on its own prompts alone, so that what is left once some trees have been read grows into just
-    the others.
+    Prompts of about one length are of one tree if they begin alike by half or more. Whether a prompt begins another tree
+    depends on that prompt alone, so that what is left once some trees have been read grows into just the others.
 
     Args:
         keys: a hexadecimal digest of each prompt.
     """
     read = [tuple(map(int, ids)) for ids in prompts]
-    order = sorted(range(len(read)), key=lambda i: (read[i], i))
-    trees: list[list[int]] = []
-    shared: list[int] = []
-    for at, i in enumerate(order):
-        before = order[max(0, at - 1)]
-        common = _common(read[before], read[i])
-        worth = common >= max(_WORTH, len(read[i]) / 2, len(read[before]) / 2)
-        if at and worth and int(keys[before], 16) % _CUT:
+    alike: dict[tuple[int, ...], list[list[int]]] = {}
+    for i in sorted(range(len(read)), key=lambda i: (read[i], i)):
+        ids = read[i]
+        if len(ids) < _WORTH:
+            alike[(i,)] = [[i]]
+            continue
+        trees = alike.setdefault(ids[: _half(len(ids))], [])
+        if trees and int(keys[i], 16) % max(1, min(_CUT_PROMPTS, _CUT_TOKENS // len(ids))):
             trees[-1].append(i)
-            shared[-1] = min(shared[-1], common)
         else:
             trees.append([i])
-            shared.append(len(read[i]))
-    grown = [
-        Tree(tuple(rows), start, start + sum(len(read[i]) - start for i in rows))
-        for rows, start in zip(trees, shared, strict=True)
-    ]
+    grown = []
+    for rows in (rows for trees in alike.values() for rows in trees):
+        start = _common(read[rows[0]], read[rows[-1]])  # in this order, no two have less in common
+        grown.append(Tree(tuple(rows), start, start + sum(len(read[i]) - start for i in rows)))
     return sorted(grown, key=lambda tree: min(tree.rows))
+
+
+def _half(length: int) -> int:
+    """Half of a length or somewhat more, the same for lengths that differ by a factor of up to √2."""
+    return math.ceil(_WORTH * 2 ** (max(0, math.ceil(2 * math.log2(length / (2 * _WORTH)))) / 2))
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

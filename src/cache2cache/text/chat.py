@@ -99,6 +99,12 @@ def check(messages: Conversation) -> None:
             raise ConversationError(
                 f"the content of message {index} is not text", got=type(message["content"]).__name__, allowed="str"
             )
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise ConversationError(
+                f"the content of message {index} is not Unicode text", got=error, hint="Half an emoji, perhaps"
+            ) from error
 
 
 def resolve(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str | None:

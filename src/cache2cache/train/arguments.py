@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import StateDictType
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from cache2cache.errors import RecipeError, TrainingError
 from cache2cache.train.config import Machine, Recipe
@@ -43,9 +45,12 @@ def arguments(recipe: Recipe, output: Path, device: torch.device) -> TrainingArg
     with the epoch's first rows.
 
     Raises:
-        TrainingError: FSDP that is to save shards, which are no fuser.
+        TrainingError: FSDP that is to save shards, which are no fuser; a precision from accelerate instead of the recipe.
+        RecipeError: a tracker that transformers does not know, or that is not installed.
     """
     _check_fsdp()
+    _check_precision()
+    _check_trackers(recipe.watch.report_to)
     optim, watch = recipe.optim, recipe.watch
     args = TrainingArguments(
         output_dir=str(output),
@@ -97,3 +102,20 @@ def _check_fsdp() -> None:
             allowed=StateDictType.FULL_STATE_DICT.name,
             hint="accelerate launch --fsdp_state_dict_type FULL_STATE_DICT …",
         )
+
+
+def _check_precision() -> None:
+    chosen = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if chosen != "no":
+        raise TrainingError(
+            "a recipe says how precisely a run computes, accelerate must not",
+            got=f"mixed precision {chosen}", allowed="no",
+            hint="accelerate launch --mixed_precision no …; the recipe's fields are dtype and optim.precision",
+        )  # fmt: skip
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    try:
+        get_reporting_integration_callbacks(list(names))
+    except (ValueError, RuntimeError) as error:
+        raise RecipeError("watch.report_to names a tracker that cannot be used", got=error) from error

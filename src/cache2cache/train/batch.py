@@ -80,6 +80,8 @@ class Item:
     theirs: torch.Tensor | None = None
     """(2, U, H_s, P, D_s) the sharer's cache at `heard_at`, of the U layers that are mapped, in ascending order."""
     teacher: Teacher | None = None
+    untaught: bool = False
+    """Whether the sharer is still to be asked for a teacher, once it is certain that the row will be trained on."""
 
 
 class Collator:
@@ -94,19 +96,20 @@ class Collator:
       and zero where nothing is fused. S is the first column at which a row is fused. Absent unless they were computed ahead.
     - their_positions (B, W): position ids of the sharer's keys.
     - teacher_ids, teacher_logprobs (B, T, K): absent without teachers.
+    - rows: the `TrainRow`s, of items that are untaught.
     """
 
     def __init__(self, pair: C2C):
         self._pair = pair
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         rows = [item.row for item in items]
         prepared = self._pair.collate([row.row for row in rows])
         (part,) = prepared.sharers
         assert part is not None, "every training row has a sharer"
         response, labels = _responses(rows)
         width = grid_width(part.due)
-        batch = {
+        batch: dict[str, Any] = {
             "ids": prepared.ids, "mask": prepared.mask, "sharer_ids": part.ids, "sharer_mask": part.mask,
             "alignment": part.alignment, "due": part.due, "response": response, "labels": labels,
             "their_positions": kv.position_ids(part.mask).gather(1, grid(part.alignment, width)),
@@ -114,7 +117,9 @@ class Collator:
         if items[0].own is not None and items[0].theirs is not None:
             batch |= {"own": _own(items, prepared, part), "theirs": _theirs(items, part, width)}
         if items[0].teacher is not None:
-            batch |= _teachers(items, response.shape[1])
+            batch |= taught([item.teacher for item in items], response.shape[1])  # type: ignore[misc]
+        if items[0].untaught:
+            batch["rows"] = rows
         return batch
 
 
@@ -176,13 +181,11 @@ def _theirs(items: Sequence[Item], part: SharerInputs, width: int) -> torch.Tens
     return out
 
 
-def _teachers(items: Sequence[Item], width: int) -> dict[str, torch.Tensor]:
-    first = items[0].teacher
-    assert first is not None
-    ids = torch.zeros((len(items), width, first.ids.shape[1]), dtype=torch.long)
+def taught(teachers: Sequence[Teacher], width: int) -> dict[str, torch.Tensor]:
+    """What a batch with responses of this width holds of teachers, see `Collator`."""
+    ids = torch.zeros((len(teachers), width, teachers[0].ids.shape[1]), dtype=torch.long)
     logprobs = torch.full(ids.shape, -torch.inf)
-    for b, item in enumerate(items):
-        assert item.teacher is not None
-        size = len(item.teacher.ids)
-        ids[b, :size], logprobs[b, :size] = item.teacher.ids, item.teacher.logprobs
+    for b, teacher in enumerate(teachers):
+        size = len(teacher.ids)
+        ids[b, :size], logprobs[b, :size] = teacher.ids, teacher.logprobs
     return {"teacher_ids": ids, "teacher_logprobs": logprobs}

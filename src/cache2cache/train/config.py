@@ -25,7 +25,7 @@ class FuserPart(_Part):
     """A rule, or the sharer layer of each receiver layer."""
     init: str | None = None
     """A trained fuser to go on from: a folder, `demo`, `general` or a hub id. Kind, sizes and layer map must be the recipe's; its
-    statistics of the caches are kept."""
+    statistics of the caches are kept. Its gates are gone on with if they are learned; otherwise `gate` says which are open."""
     alignment: Alignment = "native"
     receiver_template: str | None = None
     sharer_template: str | None = None
@@ -208,6 +208,8 @@ class Recipe(_Part):
             raise ValueError(
                 'objective.fused = "everywhere" pairs the tokens of responses, which needs native alignment'
             )
+        if self.objective.contrastive and self.optim.batch_size == 1:
+            raise ValueError("objective.contrastive needs another row in the batch: an optim.batch_size above 1")
         if self.data.stream and any(source.neighbours > 1 for source in self.data.train):
             raise ValueError("neighbours samples rows, and data.stream takes them as they come")
         return self

@@ -62,6 +62,7 @@ class Contamination:
                 self._runs.setdefault(run, question.place)
         for row in validation:
             self._questions.setdefault(" ".join(_words(row.asked)), row.place)
+        self._questions.pop("", None)  # a chat may ask nothing, and every blank line would ask the same
 
     @property
     def dropped(self) -> list[Dropped]:
@@ -92,7 +93,7 @@ class Contamination:
 def read_held_out(names: Sequence[str], machine: Machine) -> list[HeldOut]:
     """The questions of evaluation files, `DataPart.held_out`, and of tasks: what a task asks, its test rows.
 
-    Of a chat it is the last question. Rows that MMLU-Redux marks as wrong are never asked, so they are not held out.
+    Of a chat it is the last question.
 
     Raises:
         DataError: no such file or task, or a row without a question.
@@ -102,7 +103,7 @@ def read_held_out(names: Sequence[str], machine: Machine) -> list[HeldOut]:
     for name in names:
         if name.endswith(ENDINGS):
             rows = raw_rows(Source(path=name), machine)
-            found += [HeldOut(_asked(row, place), place) for place, row in rows if row.get("error_type", "ok") == "ok"]
+            found += [HeldOut(_asked(row, place), place) for place, row in rows]
         else:
             task = tasks.get(name)
             items = tasks.load(task, data_dir=machine.data_dir).items

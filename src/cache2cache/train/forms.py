@@ -18,7 +18,7 @@ _CHOICE, _SHORT = OwnChoice(*_ABOUT, sources={}), OwnShortAnswer(*_ABOUT, source
 
 
 def examples_of(row: Mapping[str, Any], place: str, turns: Turns) -> list[Example]:
-    """The examples in a row: one, one for each answer of a chat, or none of a question that MMLU-Redux marks as wrong.
+    """The examples in a row: one, or one for each answer of a chat.
 
     Questions are asked as `c2c eval` asks them of a user's file. Of several right answers the first is learned.
 
@@ -34,9 +34,12 @@ def examples_of(row: Mapping[str, Any], place: str, turns: Turns) -> list[Exampl
     if row.get("question") is None:
         allowed = "question + choices + answer, question + answer, or messages"
         raise DataError("a row of no known form", got=", ".join(row) or "an empty row", allowed=allowed)
-    if row.get("error_type", "ok") != "ok":
-        return []
-    if "choices" in row:
+    if row.get("choices") is not None:
+        if (verdict := row.get("error_type")) not in (None, "ok"):
+            raise DataError(
+                "a question that is marked as wrong", got=f"error_type {verdict!r}", allowed="ok",
+                hint="Leave such rows out; the task mmlu_redux does",
+            )  # fmt: skip
         form, keys = _CHOICE, ("question", "choices", "answer")
     else:
         form, keys = _SHORT, ("question", "context", "answer", "answers")

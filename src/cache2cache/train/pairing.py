@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from cache2cache.errors import DataError
-from cache2cache.evaluate.scoring import lead
 from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
-from cache2cache.text.chat import tokenise
+from cache2cache.text.continuation import continued
 from cache2cache.train.batch import TrainRow
 
 
@@ -56,8 +54,7 @@ def _spelled(lm: LanguageModel, prompt: np.ndarray, text: str) -> tuple[np.ndarr
     """A model's tokens (n,) of a response; how many characters of it are written before each of them and after the last,
     (n + 1,), −1 in the middle of a character; and whether it begins with a space that is not the response's.
     """
-    before = lead(lm, torch.as_tensor(prompt[-1:]))
-    answer = tokenise(lm.tokenizer, before + text, ())
-    edges = np.append(0, answer.ends - len(before)).clip(min=0)
+    answer = continued(lm.tokenizer, int(prompt[-1]), text)
+    edges = np.append(0, answer.ends).clip(min=0)
     edges[1:-1][answer.starts[1:] < answer.ends[:-1]] = -1
-    return answer.ids, edges, bool(before)
+    return answer.ids, edges, answer.spaced

@@ -63,7 +63,7 @@ def load_pair(recipe: Recipe, machine: Machine) -> C2C:
 
 
 def _begin_with(fuser: Fuser, trained: Fuser, name: str) -> None:
-    """Take over weights and statistics."""
+    """Take over weights and statistics, and the gates if they are to be learned; otherwise those are the recipe's."""
     got, wanted = (
         {"kind": x.config.kind, "sizes": x.sizes.model_dump(), "layer_map": list(x.config.layer_map)}
         for x in (trained, fuser)
@@ -75,7 +75,8 @@ def _begin_with(fuser: Fuser, trained: Fuser, name: str) -> None:
             allowed=", ".join(f"{field} {wanted[field]}" for field in other),
         )
     trained.check_pair(fuser.config.receiver, fuser.config.sharer)
-    fuser.load_state_dict(trained.state_dict())
+    gates = {} if fuser.config.gate.learned else {"gate.logit": fuser.gate.logit.detach()}
+    fuser.load_state_dict(trained.state_dict() | gates)
 
 
 def new_config(recipe: Recipe, receiver: ModelCard, sharer: ModelCard) -> FuserConfig:

@@ -28,7 +28,7 @@ from cache2cache.train.measures import SHOWN
 from cache2cache.train.order import Order
 from cache2cache.train.prepare import Prepared, load_pair, prepare_rows, say
 from cache2cache.train.step import TrainingStep
-from cache2cache.train.stream import RowStream, TeachingCollator
+from cache2cache.train.stream import RowStream, Teach
 from cache2cache.train.taught import taught
 from cache2cache.train.trainer import FuserTrainer, write_fuser
 
@@ -78,29 +78,29 @@ def trainer_of(
 ) -> FuserTrainer:
     """Everything that training needs, measured and put together."""
     objective, optim, folder = recipe.objective, recipe.optim, machine.features
+    statistics.check_rotations(pair)
     rows: Dataset[Item]
     if recipe.data.stream:
         rows, order = RowStream(recipe, pair, machine, prepared.avoid), None
         first = rows.first(statistics.STATISTICS_ROWS)
-        collate = TeachingCollator(pair, objective.distill_top) if objective.distill else Collator(pair)
+        teach = Teach(pair, objective.distill_top) if objective.distill else None
         validation = FeatureDataset(prepared.validation, pair, None)
     else:
         teachers = taught(prepared.train, pair, folder, objective.distill_top) if objective.distill else None
-        rows, collate = FeatureDataset(prepared.train, pair, folder, teachers), Collator(pair)
+        rows, teach = FeatureDataset(prepared.train, pair, folder, teachers), None
         first = [rows[i] for i in range(min(statistics.STATISTICS_ROWS, len(rows)))]
         group = optim.batch_size * optim.accumulate * args.world_size if optim.bucket else None
         lengths = [len(row.row.ids) + len(row.response) for row in prepared.train]
         order = Order(lengths, seed=recipe.seed, group=group)
         validation = FeatureDataset(prepared.validation, pair, folder)
     step = _step(recipe, pair, first)
-    trainer = FuserTrainer(step, pair, recipe, args, collate, rows, validation, order)
+    trainer = FuserTrainer(step, pair, recipe, args, Collator(pair), rows, validation, order, teach)
     set_seed(recipe.seed + args.process_index)  # gates and dropout draw their own noise on each process
     return trainer
 
 
 def _step(recipe: Recipe, pair: C2C, first: list[Item]) -> TrainingStep:
     (fuser,), optim = pair.fusers, recipe.optim
-    statistics.check_rotations(pair)
     if recipe.objective.fused == "everywhere" and not trees.readable(
         pair.receiver, max(len(x.row.row.ids) for x in first)
     ):

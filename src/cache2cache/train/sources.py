@@ -5,6 +5,7 @@ Knows nothing of models or tokens.
 
 from __future__ import annotations
 
+import glob
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -145,7 +146,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise MissingExtraError("reading .parquet needs datasets", hint="pip install 'cache2cache[train]'") from error
     try:
         # Streaming reads the file itself; otherwise datasets copies it into a cache folder first.
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        rows = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
         yield from ((number, dict(row)) for number, row in enumerate(rows, 1))
     except Exception as error:  # pyarrow's, wrapped differently by each release of datasets
         raise DataError("a data file is damaged", got=f"{path}: {type(error).__name__}: {error}") from error

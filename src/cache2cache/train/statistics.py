@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cache2cache.errors import ModelError
 from cache2cache.fuser.compact import CompactFuser
 from cache2cache.fuser.statistics import FeatureStatistics
 from cache2cache.models.load import LanguageModel
@@ -94,22 +95,26 @@ def standardise(fuser: CompactFuser, found: Sample) -> None:
 
 
 def sharer_statistics(pair: C2C, found: Sample) -> FeatureStatistics:
-    """Of the sharer's positions that the fuser will hear, the mapped layers."""
+    """Of the sharer's positions that the fuser will hear, the mapped layers; of keys that cannot be rotated back, as they are."""
     (sharer,) = pair.sharers
-    return FeatureStatistics.of(sharer.card.geometry.only(mapped(pair)), [found.theirs], [found.their_positions])
+    geometry = sharer.card.geometry.only(mapped(pair))
+    try:
+        check_rotation(sharer)
+    except ModelError:
+        geometry = geometry.model_copy(update={"rope_of_layer": ()})
+    return FeatureStatistics.of(geometry, [found.theirs], [found.their_positions])
 
 
 def check_rotations(pair: C2C) -> None:
-    """Prove that the keys can be rotated back to position 0, of every model whose keys will be.
+    """Prove that the keys can be rotated back to position 0, where the fuser is of a kind that does so.
 
     Raises:
         ModelError: they cannot.
     """
-    (fuser,), (sharer,) = pair.fusers, pair.sharers
+    (fuser,) = pair.fusers
     if isinstance(fuser, CompactFuser) and fuser.sizes.still_keys:
-        check_rotation(pair.receiver)
-    if sharer.card.geometry.rope_of_layer:
-        check_rotation(sharer)
+        for lm in (pair.receiver, *pair.sharers):
+            check_rotation(lm)
 
 
 def _prefilled(

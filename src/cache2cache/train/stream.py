@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import count, islice
+from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset
 
 from cache2cache.errors import DataError
 from cache2cache.pipeline import C2C
 from cache2cache.train import sources
-from cache2cache.train.batch import Collator, Item
+from cache2cache.train.batch import Item, taught
 from cache2cache.train.config import Machine, Recipe
 from cache2cache.train.contamination import Contamination, Dropped
 from cache2cache.train.rows import train_rows
@@ -53,7 +53,7 @@ class RowStream(IterableDataset[Item]):
                 self._too_long |= {row.place: row for row in too_long}
                 for row in rows:
                     empty = False
-                    yield Item(row)
+                    yield Item(row, untaught=bool(self._recipe.objective.distill))
             if empty:
                 raise DataError("no row of the stream can be trained on", got=f"{len(self.dropped)} dropped rows")
 
@@ -62,19 +62,20 @@ class RowStream(IterableDataset[Item]):
         return list(islice(self, size))
 
 
-class TeachingCollator(Collator):
-    """Asks the sharer for its distributions when a batch is put together.
+class Teach:
+    """Asks the sharer for its distributions when a batch is about to be trained on.
 
     Args:
         top: tokens of a distribution.
     """
 
     def __init__(self, pair: C2C, top: int):
-        super().__init__(pair)
-        self._vocabulary, self._top = SharedVocabulary(pair), top
+        self._pair, self._vocabulary, self._top = pair, SharedVocabulary(pair), top
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
-        """As `Collator`, with teachers."""
-        rows = [item.row for item in items]
-        taught = teachers(rows, self._pair, self._vocabulary, self._top)
-        return super().__call__([Item(row, teacher=teacher) for row, teacher in zip(rows, taught, strict=True)])
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of untaught rows, with teachers; another as it is. See `batch.Collator`."""
+        if "rows" not in batch:
+            return batch
+        found = list(teachers(batch["rows"], self._pair, self._vocabulary, self._top))
+        rest = {name: x for name, x in batch.items() if name != "rows"}
+        return rest | taught(found, batch["response"].shape[1])

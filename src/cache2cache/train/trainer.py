@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class FuserTrainer(Trainer):
 
     Args:
         order: how the training rows are drawn; None for a stream, which has its own order.
+        teach: adds teachers to the batches of a step; none by default.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class FuserTrainer(Trainer):
         train_rows: Dataset | IterableDataset,
         validation_rows: Dataset,
         order: Order | None,
+        teach: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ):
         self.running, self.fuser = Running(), step.fuser
-        self._recipe, self._order = recipe, order
+        self._recipe, self._order, self._teach = recipe, order, teach
         output = Path(args.output_dir or "")
         self.bar = Bar(self.running)
         callbacks: list[TrainerCallback] = [
@@ -94,6 +96,8 @@ class FuserTrainer(Trainer):
     ) -> tuple[list, torch.Tensor | int | None]:
         """The batches of one optimizer step, and their response tokens over all processes."""
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._teach is not None:  # not when they are put together: a resumed run skips the first ones
+            batches = [self._teach(batch) for batch in batches]
         self.running.batches, self.running.loss = batches, 0.0
         self.running.tokens += int(tokens or 0)
         return batches, tokens

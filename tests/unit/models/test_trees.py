@@ -53,7 +53,8 @@ def test_a_short_common_beginning_is_read_twice(first, second):
 
 @given(data=st.data(), ends=st.lists(st.integers(0, 6), min_size=1, max_size=60))
 def test_what_some_trees_leave_over_grows_into_the_others(data, ends):
-    prompts = [[*(BEGINNING if i % 3 else OTHER), *range(i // 4, i // 4 + end)] for i, end in enumerate(ends)]
+    beginnings = (BEGINNING, OTHER, [*BEGINNING, *OTHER])
+    prompts = [[*beginnings[i % 3], *range(i // 4, i // 4 + 9 * end)] for i, end in enumerate(ends)]
     keys = [hashlib.sha256(bytes([i])).hexdigest() for i in range(len(prompts))]
     grown = trees.grow(prompts, keys)
     assert sorted(i for tree in grown for i in tree.rows) == list(range(len(prompts)))
@@ -61,6 +62,15 @@ def test_what_some_trees_leave_over_grows_into_the_others(data, ends):
     rest = sorted(i for tree in left for i in tree.rows)
     again = trees.grow([prompts[i] for i in rest], [keys[i] for i in rest])
     assert [[rest[i] for i in tree.rows] for tree in again] == [list(tree.rows) for tree in left]
+
+
+def test_the_turns_of_a_long_conversation_do_not_become_one_tree():
+    """Each is the beginning of the next, so the first and the last have little in common."""
+    prompts = [list(range(50 * turn)) for turn in range(1, 41)]
+    grown = trees.grow(prompts, [*map(row_key, prompts)])
+    assert all(2 * tree.shared >= max(len(prompts[i]) for i in tree.rows) for tree in grown)
+    assert max(tree.tokens for tree in grown) < 4096 < sum(map(len, prompts)) / 2
+    assert sum(tree.tokens for tree in grown) < sum(map(len, prompts)) / 1.5
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])

@@ -65,6 +65,11 @@ def test_validation_rows_may_share_instructions_but_not_questions():
     assert known.find(example(f"{instructions} first")) == Dropped("train, line 1", "same question", "dev, line 7")
 
 
+def test_a_chat_that_asks_nothing_is_asked_by_no_blank_line():
+    known = Contamination([], [example(" ", "dev, line 1"), example("", "dev, line 2")])
+    assert known.find(example("A passage.\n\nA question?")) is None and known.find(example("")) is None
+
+
 def test_what_is_kept_out_is_remembered_once(tmp_path):
     known = Contamination([HeldOut("Which is a colour?", "test, line 1")])
     rows = [example("hi", "a, line 1"), example("Which is a colour?", "ä, line 2")]
@@ -82,7 +87,7 @@ def test_held_out_questions_come_from_files_of_every_form_and_from_tasks(tmp_pat
     (tmp_path / "arc_easy").mkdir()
     rows = [
         QUESTION,
-        QUESTION | {"error_type": "wrong_groundtruth"},
+        QUESTION | {"question": "Which is none?", "error_type": "wrong_groundtruth"},
         {"question": "Who?", "answers": ["me"]},
         {"messages": [*CHAT, {"role": "assistant", "content": "2"}]},
     ]
@@ -91,6 +96,7 @@ def test_held_out_questions_come_from_files_of_every_form_and_from_tasks(tmp_pat
     found = read_held_out(["own.jsonl", "ARC-Easy"], Machine(data_dir=tmp_path))
     assert found == [
         HeldOut("Which is a colour?", "own.jsonl, line 1"),
+        HeldOut("Which is none?", "own.jsonl, line 2"),
         HeldOut("Who?", "own.jsonl, line 3"),
         HeldOut("Two?", "own.jsonl, line 4"),
         HeldOut("Which is a colour?", "arc_easy, row 7"),

@@ -97,9 +97,17 @@ def test_a_chat_is_one_example_or_one_for_each_answer(tmp_path, machine):
     assert (first.place, second.place) == ("chats.jsonl, line 1, message 2", "chats.jsonl, line 1, message 4")
 
 
-def test_questions_marked_as_wrong_are_not_learned(tmp_path, machine):
-    source = write(tmp_path, "a.jsonl", [QUESTION | {"error_type": "wrong_groundtruth"}, *numbered(1)])
-    assert asked(one(source, machine)) == ["row 0?"]
+def test_columns_of_other_rows_are_null(tmp_path, machine):
+    """As Parquet fills them; and brackets in a path are no pattern."""
+    short = {"question": "Who?", "answer": "me", "error_type": "my own column"}
+    rows = [QUESTION | {"error_type": "ok", "answer": "red"}, short, CHAT, QUESTION | {"answer": "red"}]
+    columns = sorted({column for row in rows for column in row})
+    full = [{column: row.get(column) for column in columns} for row in rows]
+    (tmp_path / "run[1]").mkdir()
+    datasets.Dataset.from_list(full).to_parquet(tmp_path / "run[1]" / "a.parquet")
+    write(tmp_path, "a.jsonl", full)
+    for path in ("run[1]/a.parquet", "a.jsonl"):
+        assert [row.response for row in one(Source(path=path), machine)] == ["A", "me", "so long", "A"]
 
 
 def test_a_tasks_training_rows_are_asked_as_the_evaluation_asks_them(tmp_path, machine):
@@ -146,6 +154,7 @@ _ANSWER = {"role": "assistant", "content": "yes"}
         ({}, "an empty row"),
         (QUESTION | {"answer": 2}, "none of the choices"),
         (QUESTION | {"choices": ["red"]}, "choices"),
+        (QUESTION | {"error_type": "wrong_groundtruth"}, "marked as wrong; got error_type 'wrong_groundtruth'"),
         ({"choices": ["a", "b"], "answer": 0}, "question"),
         ({"question": "Which?"}, "either answer or answers; got id, question"),
         ({"question": "Which?", "answer": "a", "answers": ["a"]}, "either answer or answers"),
@@ -154,11 +163,11 @@ _ANSWER = {"role": "assistant", "content": "yes"}
             {"question": "Which?", "options": ["a", "b"], "answer": 1},
             "number as the answer of a row without choices; got 1",
         ),
-        ({"question": "Which?", "choices": None, "answer": "a"}, "choices: "),
         ({"question": " ", "answer": "a"}, "question: "),
         ({"question": "Which?", "answer": " "}, "answers.0: "),
         ({"messages": []}, "conversation is empty"),
         ({"messages": "hi"}, "list of messages"),
+        ({"messages": [{"role": "user", "content": "hi \ud83d"}, _ANSWER]}, "message 0 is not Unicode text"),
         ({"messages": CHAT["messages"][:4]}, "does not end with an answer; got user"),
         ({"messages": [{"role": "human", "content": "hi"}, _ANSWER]}, "unknown role"),
         ({"messages": [_ANSWER]}, "message 0, an answer, does not follow a question; got nothing"),

@@ -84,25 +84,25 @@ def test_of_the_receiver_only_what_is_clean_counts(receiver, sharer):
     assert found.own.shape[3] < found.theirs.shape[3] == len(rows[0].heard)
 
 
-def test_keys_that_cannot_be_rotated_back_are_found(receiver, sharer, monkeypatch):
-    asked = []
-    monkeypatch.setattr("cache2cache.train.statistics.check_rotation", asked.append)
-    check_rotations(pair_of(receiver, sharer))
-    assert asked == [receiver, sharer]
-    asked.clear()
-    check_rotations(pair_of(receiver, sharer, kind="paper"))
-    assert asked == [sharer], "a paper fuser takes keys as they are; the means of the sharer's are rotated"
-    asked.clear()
-    check_rotations(pair_of(receiver, tiny_model("gpt2"), kind="paper"))
-    assert not asked
-    check_rotations(pair_of(tiny_model("gpt2"), sharer, sizes={"width": 8, "still_keys": False}))
-    assert asked == [sharer], "a compact fuser that does not rotate takes keys as they are, too"
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-def test_a_model_that_rotates_in_other_pairs_is_refused(receiver, sharer, monkeypatch):
-    def refuse(lm):
-        raise ModelError("its keys cannot be rotated back")
-
-    monkeypatch.setattr("cache2cache.train.statistics.check_rotation", refuse)
-    with pytest.raises(ModelError):
-        check_rotations(pair_of(receiver, sharer))
+@pytest.mark.parametrize("changed", [{"model_type": "cohere"}, {"model_type": "smollm3", "num_hidden_layers": 4}])
+def test_keys_that_cannot_be_rotated_back_are_refused_by_fusers_that_do_so_and_taken_as_they_are_by_others(
+    receiver, changed
+):
+    """Interleaved pairs, and a layer without any."""
+    odd = tiny_model("llama", rope_parameters=_ROPE, **changed)
+    with pytest.raises(ModelError, match="still_keys = false"):
+        check_rotations(pair_of(receiver, odd))
+    with pytest.raises(ModelError, match="still_keys = false"):
+        check_rotations(pair_of(odd, receiver))
+    for config in ({"kind": "paper"}, {"sizes": {"width": 8, "still_keys": False}}):
+        for two in ((receiver, odd), (odd, receiver)):
+            check_rotations(pair_of(*two, **config))
+        c2c = pair_of(receiver, odd, **config)
+        found = sample(list(FeatureDataset(rows_of(c2c), c2c, None)), c2c)
+        statistics = sharer_statistics(c2c, found)
+        keys = found.theirs.transpose(2, 3).flatten(3).double().mean(2)  # not rotated
+        torch.testing.assert_close(statistics.mean, keys)
+        torch.testing.assert_close(statistics.mean_cache(torch.tensor([3]))[..., 0, :].flatten(2), keys.float())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from cache2cache import C2C, Fuser
 from cache2cache.errors import DataError, ModelError, RecipeError, TrainingError
 from cache2cache.models import kv
 from cache2cache.testing import TINY_SIZES
-from cache2cache.train import statistics
+from cache2cache.train import statistics, stream
 from cache2cache.train.arguments import arguments, device_of
 from cache2cache.train.batch import Collator
 from cache2cache.train.config import Machine, Recipe
@@ -260,11 +261,18 @@ def test_rows_can_come_as_a_stream(models, recipe, machine, tmp_path, monkeypatc
 
 def test_a_stream_can_be_distilled(models, recipe, machine, tmp_path, monkeypatch):
     monkeypatch.setattr(statistics, "STATISTICS_ROWS", 16)
-    optim, data = {"max_steps": 4}, {"stream": True}
-    summary = train(
-        recipe(data=data, optim=optim, objective={"distill": 1.0, "response": 0}), tmp_path / "out", machine
+    asked, teachers = [], stream.teachers
+    monkeypatch.setattr(stream, "teachers", lambda rows, *rest: asked.extend(rows) or teachers(rows, *rest))
+    distilled = recipe(
+        data={"stream": True}, optim={"max_steps": 12}, watch={"eval_steps": 4}, objective={"distill": 1.0, "response": 0}
     )
-    assert summary["steps"] == 4
+    summary = train(distilled, tmp_path / "out", machine)
+    assert summary["steps"] == 12
+    assert len(asked) == 12 * 4, "neither rows of the validation nor rows read ahead are asked about"
+    asked.clear()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-12")
+    assert train(distilled, tmp_path / "out", machine, resume=True)["steps"] == 12
+    assert len(asked) == 4 * 4, "nor rows that a resumed run skips"
 
 
 def test_a_run_that_explodes_is_halted(models, recipe, machine, tmp_path):
@@ -321,6 +329,21 @@ def test_checkpoints_that_would_hold_no_fuser_are_refused(recipe, monkeypatch, t
     arguments(recipe(), tmp_path, torch.device("cpu"))
 
 
+def test_only_the_recipe_says_how_precisely_a_run_computes(recipe, monkeypatch, tmp_path):
+    """Also to somebody who has once answered bf16 to `accelerate config`."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(TrainingError, match=r"mixed precision bf16(?s:.*)optim.precision"):
+        arguments(recipe(), tmp_path, torch.device("cpu"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    arguments(recipe(), tmp_path, torch.device("cpu"))
+
+
+def test_an_unknown_tracker_is_told_before_anything_is_read(models, recipe, machine, tmp_path):
+    with pytest.raises(RecipeError, match=r"watch.report_to(?s:.*)tensorbord"):
+        train(recipe(watch={"report_to": ["tensorbord"]}), tmp_path / "out", machine)
+    assert not (tmp_path / "features").exists()
+
+
 def trainer_of(recipe: Recipe, machine: Machine, tmp_path: Path) -> tuple[FuserTrainer, TrainingStep]:
     pair = load_pair(recipe, machine)
     step = TrainingStep(pair, recipe.objective)
@@ -350,6 +373,19 @@ def test_a_run_goes_on_from_a_trained_fuser(models, recipe, machine, tmp_path):
     wider = recipe(fuser={"init": further.fuser.init, "sizes": sizes | {"width": 32}})
     with pytest.raises(RecipeError, match="another build"):
         train(wider, tmp_path / "wider", machine)
+
+
+def test_a_run_that_goes_on_has_its_own_gates_unless_they_are_learned(models, recipe, machine, tmp_path):
+    train(recipe(fuser={"gate": {"initial_logit": 0.5}}, optim={"max_steps": 8}), tmp_path / "first", machine)
+    learned = weights(tmp_path / "first")["gate.logit"]
+
+    def begun(**gate):
+        (fuser,) = load_pair(recipe(fuser={"init": str(tmp_path / "first" / "fuser"), "gate": gate}), machine).fusers
+        return fuser.gate.logit
+
+    assert torch.equal(begun(learned=True), learned) and not torch.equal(learned, torch.full_like(learned, 0.5))
+    values = begun(learned=False, initial_logit=1.0, kinds=["values"], layers=[1])
+    assert values.tolist() == [[-1, -1], [-1, 1]]
 
 
 @pytest.mark.parametrize("fuse_last", [4, None])

@@ -112,11 +112,11 @@ def own_task(path: Path) -> Task:
     _, first = next(iter(rows_of(path)), (0, None))
     if first is None:
         raise DataError("a data file has no rows", got=path)
-    if "messages" in first:
+    if first.get("messages") is not None:
         kind = OwnChats
-    elif "choices" in first:
+    elif first.get("choices") is not None:
         kind = OwnChoice
-    elif "question" in first:
+    elif first.get("question") is not None:
         kind = OwnShortAnswer
     else:
         raise DataError(f"{path} has rows of no known form", got=", ".join(first) or "an empty row", allowed=_FORMS)

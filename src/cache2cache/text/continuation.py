@@ -1,0 +1,46 @@
+"""What a model writes behind its prompt: the tokens of a text as they are when the prompt stands before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from cache2cache.text.chat import tokenise
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A text behind a prompt."""
+
+    ids: np.ndarray
+    """(n,)"""
+    starts: np.ndarray
+    """(n,) first character of the text that each token covers; below 0 in a space that is not the text's."""
+    ends: np.ndarray
+    """(n,) one past the last."""
+    spaced: bool
+    """Whether it begins with a space that is not the text's."""
+
+
+def continued(tokenizer: PreTrainedTokenizerBase, last: int, text: str) -> Continuation:
+    """A text as it is written behind a prompt.
+
+    A prompt that ends in a word, such as "Answer:", asks for a space before its answer. And many tokenizers
+    (SentencePiece's) write a space before a text that stands alone, but not before one that goes on from another.
+
+    Args:
+        last: the prompt's last token.
+
+    Raises:
+        ModelError: the tokenizer cannot tell the characters of its tokens.
+    """
+    before = str(tokenizer.decode([last]))
+    lead = "" if last in tokenizer.all_special_ids or before[-1:].isspace() else " "
+    prompt, behind = tokenise(tokenizer, before, ()), tokenise(tokenizer, before + lead + text, ())
+    first = len(prompt.ids)
+    if not np.array_equal(behind.ids[:first], prompt.ids):  # a token across the border, which the prompt rules out
+        before, behind, first = "", tokenise(tokenizer, lead + text, ()), 0
+    begin = len(before) + len(lead)
+    return Continuation(behind.ids[first:], behind.starts[first:] - begin, behind.ends[first:] - begin, bool(lead))
