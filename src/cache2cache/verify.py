@@ -14,7 +14,7 @@ from cache2cache.fuser.rotary import Rotary
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
-from cache2cache.types import Message
+from cache2cache.types import Geometry, Message
 
 PROBE: list[Message] = [{"role": "user", "content": "Which planet is closest to the sun? Answer in one word."}]
 """The conversation that is fused to see what a fuser does."""
@@ -82,6 +82,15 @@ def check_rotation(lm: LanguageModel) -> str:
             )
         worst = max(worst, float(_off(back, keys).max()))
     return f"off by at most {worst:.1e} of a key's size"
+
+
+def geometry_at_rest(lm: LanguageModel) -> Geometry:
+    """A model's geometry; without rotary parameters if they do not rotate its keys back, so that keys are taken as they are."""
+    try:
+        check_rotation(lm)
+    except ModelError:
+        return lm.card.geometry.model_copy(update={"rope_of_layer": ()})
+    return lm.card.geometry
 
 
 def _read_alone(lm: LanguageModel, position: int) -> tuple[torch.Tensor, torch.Tensor]:

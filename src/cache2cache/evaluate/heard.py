@@ -14,8 +14,10 @@ from cache2cache.evaluate.items import Item
 from cache2cache.evaluate.prefills import Heard, Prefills
 from cache2cache.fuser.statistics import FeatureStatistics
 from cache2cache.inputs import Row, SharerRow
+from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
 from cache2cache.types import Timings
+from cache2cache.verify import geometry_at_rest
 
 Listen = Callable[[Sequence[Item], Sequence[Row]], tuple[Sequence[Row], Heard]]
 """(items, rows) → the rows as they are fused, and where the sharers' caches come from."""
@@ -127,5 +129,6 @@ def sharer_statistics(pair: C2C, items: Sequence[Item], prefills: Prefills) -> l
                 positions.append(_heard_positions(part))
                 caches.append(cache[:, :, :, positions[-1]])
             prefills.clear()
-        found.append(FeatureStatistics.of(lm.card.geometry, caches, positions))
+        geometry = geometry_at_rest(lm) if isinstance(lm, LanguageModel) else lm.card.geometry
+        found.append(FeatureStatistics.of(geometry, caches, positions))
     return found

@@ -17,8 +17,8 @@ from cache2cache.types import Geometry
 class FeatureStatistics:
     """Moments of one position's F = H · D features, per kind (keys, values) and layer, in float64 on the CPU.
 
-    Keys are taken at position 0, as `CompactFuser` takes them; those of models whose keys cannot be rotated back
-    (`Geometry.rope_problem`) as they are, and then they are not rotated to other positions either.
+    Keys are taken at position 0, as `CompactFuser` takes them; those of models whose keys cannot be rotated back (no
+    `Geometry.rope_of_layer`) as they are, and then they are not rotated to other positions either.
     """
 
     geometry: Geometry

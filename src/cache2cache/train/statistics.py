@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cache2cache.errors import ModelError
 from cache2cache.fuser.compact import CompactFuser
 from cache2cache.fuser.statistics import FeatureStatistics
 from cache2cache.models.load import LanguageModel
@@ -17,7 +16,7 @@ from cache2cache.models.parts import Ids
 from cache2cache.models.prefills import by_length, prefill_rows
 from cache2cache.pipeline import C2C
 from cache2cache.train.batch import Item, TrainRow
-from cache2cache.verify import check_rotation
+from cache2cache.verify import check_rotation, geometry_at_rest
 
 STATISTICS_ROWS = 256
 """Training rows that are measured, the first ones."""
@@ -97,12 +96,7 @@ def standardise(fuser: CompactFuser, found: Sample) -> None:
 def sharer_statistics(pair: C2C, found: Sample) -> FeatureStatistics:
     """Of the sharer's positions that the fuser will hear, the mapped layers; of keys that cannot be rotated back, as they are."""
     (sharer,) = pair.sharers
-    geometry = sharer.card.geometry.only(mapped(pair))
-    try:
-        check_rotation(sharer)
-    except ModelError:
-        geometry = geometry.model_copy(update={"rope_of_layer": ()})
-    return FeatureStatistics.of(geometry, [found.theirs], [found.their_positions])
+    return FeatureStatistics.of(geometry_at_rest(sharer).only(mapped(pair)), [found.theirs], [found.their_positions])
 
 
 def check_rotations(pair: C2C) -> None:

@@ -14,7 +14,7 @@ from cache2cache.evaluate.heard import Mismatched, Own, Replaced, sharer_statist
 from cache2cache.evaluate.items import Item
 from cache2cache.evaluate.prefills import Prefills
 from cache2cache.evaluate.routing import Router
-from cache2cache.testing import random_fuser, tiny_pair
+from cache2cache.testing import random_fuser, tiny_model, tiny_pair
 
 RECEIVER, SHARER = tiny_pair()
 QUESTIONS = ["Which one is the largest?", "Who was it?", "Why do the leaves fall in the autumn of the year?", "And?"]
@@ -123,6 +123,16 @@ def test_controls_never_read_the_sharer():
     prefills.caches = lambda lm, *rest, _caches=prefills.caches: read.append(lm) or _caches(lm, *rest)  # type: ignore[method-assign]
     fused(of, Replaced(statistics, noise=True, seed=0), prefills).answer(ITEMS)
     assert read == [RECEIVER]
+
+
+def test_keys_that_do_not_rotate_back_are_averaged_as_they_are():
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    odd = tiny_model("llama", model_type="cohere", rope_parameters=rope)  # which turns interleaved pairs
+    (statistics,) = sharer_statistics(C2C(RECEIVER, [odd], [random_fuser(RECEIVER, odd, "paper")]), ITEMS, Prefills())
+    first, later = (statistics.mean_cache(torch.tensor([position])) for position in (0, 9))
+    assert torch.equal(first, later)
+    (turned,) = sharer_statistics(pair(), ITEMS, Prefills())
+    assert not torch.equal(*(turned.mean_cache(torch.tensor([position])) for position in (0, 9)))
 
 
 def test_statistics_need_rows():

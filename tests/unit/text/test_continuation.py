@@ -81,4 +81,3 @@ def test_a_letter_counts_as_it_is_written_behind_a_prompt(kind):
         logits[tokenizer.convert_tokens_to_ids(spelling)] = 5.0
         assert letter_logprobs(lm, logits, "AB")[1] > -0.1
         logits[tokenizer.convert_tokens_to_ids(spelling)] = 0.0
-

@@ -264,7 +264,10 @@ def test_a_stream_can_be_distilled(models, recipe, machine, tmp_path, monkeypatc
     asked, teachers = [], stream.teachers
     monkeypatch.setattr(stream, "teachers", lambda rows, *rest: asked.extend(rows) or teachers(rows, *rest))
     distilled = recipe(
-        data={"stream": True}, optim={"max_steps": 12}, watch={"eval_steps": 4}, objective={"distill": 1.0, "response": 0}
+        data={"stream": True},
+        optim={"max_steps": 12},
+        watch={"eval_steps": 4},
+        objective={"distill": 1.0, "response": 0},
     )
     summary = train(distilled, tmp_path / "out", machine)
     assert summary["steps"] == 12
