@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from cache2cache.errors import GenerationError
 from cache2cache.inputs import Inputs
 from cache2cache.models import kv
 from cache2cache.pipeline import C2C, Prefill
@@ -34,20 +36,28 @@ class Chat:
         self._written: list[int] = []
 
     def send(self, text: str, **generate_kwargs: Any) -> Generation:
-        """One user turn and its answer."""
-        prefill = self._read(text)
-        return self._keep(prefill, self.pair.decode(prefill, **self._single(generate_kwargs))[0])
+        """One user turn and its answer. A turn that fails is taken back."""
+        with self._taken_back():
+            prefill = self._read(text)
+            answer = self.pair.decode(prefill, **self._single(generate_kwargs))[0]
+        return self._keep(prefill, answer)
 
     def stream(self, text: str, **generate_kwargs: Any) -> Generator[str, None, Generation]:
         """The same, piece by piece. A reader that leaves early takes the turn back."""
-        messages = list(self.messages)
-        prefill = self._read(text)
-        try:
+        with self._taken_back():
+            prefill = self._read(text)
             answer = yield from stream(self.pair, prefill, **self._single(generate_kwargs))
+        return self._keep(prefill, answer)
+
+    @contextmanager
+    def _taken_back(self) -> Iterator[None]:
+        """As if a turn that fails had never begun; the cache, which may hold some of it, is read anew."""
+        messages = list(self.messages)
+        try:
+            yield
         except BaseException:
             self.messages, self._last = messages, None
             raise
-        return self._keep(prefill, answer)
 
     def _read(self, text: str) -> Prefill:
         timings = Timings()
@@ -67,9 +77,10 @@ class Chat:
 
     @staticmethod
     def _single(generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+        config = generate_kwargs.get("generation_config")
         for name in ("num_beams", "num_return_sequences"):
-            if (generate_kwargs.get(name) or 1) > 1:
-                raise ValueError(f"a chat follows one answer: {name} must be 1, got {generate_kwargs[name]}")
+            if (several := generate_kwargs.get(name, getattr(config, name, None)) or 1) > 1:
+                raise GenerationError("a chat follows one answer", got=f"{name} {several}", allowed=1)
         return generate_kwargs
 
 

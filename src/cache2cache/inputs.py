@@ -222,18 +222,23 @@ def from_ids(
     Args:
         receiver_ids: (B, N), padded on the left.
         sharer_ids: per sharer (B, M), or None if it does not speak.
-        receiver_mask, sharer_masks: 1 for real tokens; all real by default.
+        receiver_mask, sharer_masks: 1 for real tokens, the receiver's on the right; all real by default.
         alignments: per sharer (B, N) column of the sharer for each column of the receiver; by default position for
             position, which needs M = N.
         spans: runs of columns that are fused together, or not, as soon as the receiver has read them; columns
             between spans are not fused. One span over all but the last token by default.
 
     Raises:
-        AlignmentError: shapes that do not belong together, indices out of range, spans that overlap.
+        AlignmentError: shapes that do not belong together, indices out of range, spans that overlap, padding that is not on the
+            left or would be fused.
     """
     batch, width = receiver_ids.shape
     mask = torch.ones_like(receiver_ids) if receiver_mask is None else receiver_mask
     _same_shape("receiver_mask", mask, receiver_ids)
+    if not (mask[:, -1].all() and (mask.diff(dim=1) >= 0).all()):
+        raise AlignmentError(
+            "the receiver's ids are not padded on the left", hint='Set tokenizer.padding_side = "left"'
+        )
     if len(sharer_ids) != len(fusers):
         raise AlignmentError("one tensor of sharer ids per sharer is needed", got=len(sharer_ids), allowed=len(fusers))
     sharers: list[SharerInputs | None] = []
@@ -258,6 +263,10 @@ def from_ids(
                 got=f"{int(alignment.min())}–{int(alignment.max())}", allowed=f"0–{ids.shape[1] - 1}",
             )  # fmt: skip
         due = torch.as_tensor(_only_last(_spans(spans, width), fuser.config.fuse_last)) * mask.bool()
+        if not their_mask.gather(1, alignment)[due > 0].all():
+            raise AlignmentError(
+                f"a column that is fused is aligned to padding of sharer {i}", hint="Give its mask and its alignment"
+            )
         sharers.append(SharerInputs(ids, their_mask, alignment, due))
     return Inputs(receiver_ids, mask, tuple(sharers))
 

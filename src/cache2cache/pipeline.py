@@ -20,7 +20,7 @@ from cache2cache.fuser.base import Fuser
 from cache2cache.fuser.several import FusionMode, Speaker, fused_kv
 from cache2cache.inputs import Inputs, Row, SharerInputs
 from cache2cache.models import kv
-from cache2cache.models.load import LanguageModel, Sharer, load, pad_id
+from cache2cache.models.load import LanguageModel, Sharer, check_device, load, pad_id
 from cache2cache.types import Conversation, Generation, Message, SharerPolicy, Timings, TokenCounts, clock
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ class C2C:
         template: str | None = None,
         on_sharer_failure: SharerPolicy = "fail",
     ):
+        if names := [x for x in (receiver, *sharers, *fusers) if isinstance(x, str | Path)]:
+            raise TypeError(f"C2C takes what is loaded, got the name {names[0]!r}: C2C.from_pretrained loads by name")
         self.receiver = LanguageModel.wrap(*receiver) if isinstance(receiver, tuple) else receiver
         known = [LanguageModel.wrap(*lm) if isinstance(lm, tuple) else lm for lm in sharers]
         # Whoever wants more of a sharer than `Sharer` promises gets a ModelError from one that is elsewhere.
@@ -97,8 +99,8 @@ class C2C:
     def from_pretrained(
         cls,
         receiver: str | Path,
-        sharers: Sequence[str | Path] = (),
-        fusers: Sequence[str | Path | Fuser] = (),
+        sharers: str | Path | Sequence[str | Path] = (),
+        fusers: str | Path | Fuser | Sequence[str | Path | Fuser] = (),
         *,
         device: str | torch.device = "cpu",
         sharer_device: str | torch.device | None = None,
@@ -112,13 +114,23 @@ class C2C:
 
         Args:
             receiver, sharers: catalogue names, hub ids or folders; `id@revision` pins a hub id. A sharer may also be the
-                address of a `c2c share`, which must answer now.
-            fusers: folders, hub ids, "demo", or loaded fusers; one per sharer.
+                address of a `c2c share`, which must answer now. One may stand without a list.
+            fusers: folders, hub ids, "demo", or loaded fusers; one per sharer, likewise.
             sharer_device: where the sharers run; the receiver's device by default.
             dtype: of all models that are loaded here; "auto" is what the weights are stored in.
             remote: how sharers elsewhere are asked.
             on_sharer_failure: see `C2C`.
+
+        Raises:
+            ModelError: a device that is not here; see also `models.load.load`.
+            FuserFormatError, DownloadError: see `Fuser.from_pretrained`.
+            FuserMismatchError: fusers that are not those of the pair.
+            SharerError: a sharer elsewhere that does not answer.
         """
+        for name in {str(device), str(sharer_device or device)}:
+            check_device(name)
+        sharers = [sharers] if isinstance(sharers, str | Path) else sharers
+        fusers = [fusers] if isinstance(fusers, str | Path | Fuser) else fusers
         loaded = [f if isinstance(f, Fuser) else Fuser.from_pretrained(f) for f in fusers]
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         # Asked first: a service that does not answer is noticed before anything large is loaded.
@@ -288,7 +300,7 @@ class C2C:
 
         Args:
             receiver_ids: (B, N), instead of conversations.
-            sharer_ids: (B, M) per sharer; the receiver's ids by default.
+            sharer_ids: (B, M) per sharer; the receiver's ids, with their mask, by default.
             ids_kwargs: `receiver_mask`, `sharer_masks`, `alignments`, `spans`: see `inputs.from_ids`.
         """
         if (conversations is None) == (receiver_ids is None):
@@ -301,6 +313,7 @@ class C2C:
             return self.read(self.prepare(batch, sharers, timings), timings=timings)  # type: ignore[arg-type]
         if sharer_ids is None:
             sharer_ids = [receiver_ids] * len(self.sharers)
+            ids_kwargs.setdefault("sharer_masks", [ids_kwargs.get("receiver_mask")] * len(self.sharers))
         elif isinstance(sharer_ids, torch.Tensor):
             sharer_ids = [sharer_ids]
         if sharers is not None:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
 
-from cache2cache import C2C
-from cache2cache.errors import GenerationError
+from cache2cache import C2C, Fuser
+from cache2cache.errors import AlignmentError, GenerationError, ModelError
 from cache2cache.models import kv
 from cache2cache.testing import FAMILIES, random_fuser, tiny_model, tiny_pair
 from cache2cache.types import Span
@@ -44,6 +44,24 @@ def trio():
 
 def ids(generations):
     return [g.ids for g in generations]
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_sharer_and_its_fuser_need_no_list(pair, tmp_path):
+    folders = [tmp_path / name for name in ("receiver", "sharer", "fuser")]
+    for lm, folder in zip((pair.receiver, *pair.sharers), folders, strict=False):
+        lm.model.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
+    pair.fusers[0].save_pretrained(folders[2])
+    receiver, sharer, fuser = folders
+    for named in ((str(sharer), str(fuser)), (sharer, Fuser.from_pretrained(fuser)), ([sharer], [fuser])):
+        assert len(C2C.from_pretrained(receiver, *named).fusers) == 1
+    with pytest.raises(ModelError, match="no device abacus here"):
+        C2C.from_pretrained(receiver, sharer, fuser, device="abacus")
+    with pytest.raises(TypeError, match=r"got the name .*sharer.*C2C.from_pretrained"):
+        C2C(pair.receiver, [str(sharer)], pair.fusers)
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -168,10 +186,35 @@ def test_an_abandoned_stream_stops_decoding(pair):
     stream.close()
 
 
-@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}])
+TWICE = [
+    {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}, {"assistant_early_exit": 1}, {"use_cache": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", TWICE)
 def test_options_that_would_read_the_prompt_twice_are_refused(pair, option):
-    with pytest.raises(GenerationError, match="read the prompt twice"):
-        pair.generate(CONVERSATIONS[0], **option, **GREEDY)
+    for asked in ({**option, **GREEDY}, {"generation_config": GenerationConfig(**option, **GREEDY)}):
+        with pytest.raises(GenerationError, match=f"read the prompt twice; got {next(iter(option))}"):
+            pair.generate(CONVERSATIONS[0], **asked)
+
+
+@pytest.mark.parametrize("option", TWICE)
+def test_a_models_own_defaults_for_reading_do_not_change_its_answer(pair, option, monkeypatch):
+    expected = pair.generate(CONVERSATIONS[:2], **GREEDY)
+    for name, value in option.items():
+        monkeypatch.setattr(pair.receiver.model.generation_config, name, value, raising=False)
+    for asked in (GREEDY, {"generation_config": GenerationConfig(**GREEDY)}):
+        assert ids(pair.generate(CONVERSATIONS[:2], **asked)) == ids(expected)
+
+
+def test_how_much_is_written_may_be_said_in_every_way(pair):
+    prompt = pair.generate(CONVERSATIONS[1], do_sample=False, max_new_tokens=1).counts.receiver_prompt
+    limits = [{"max_new_tokens": 5}, {"max_length": prompt + 5}]
+    for limit in (*limits, *({"generation_config": GenerationConfig(**limit)} for limit in limits)):
+        assert len(pair.generate(CONVERSATIONS[1], do_sample=False, eos_token_id=-1, **limit).ids) == 5
+    for nothing in (0, -1):
+        with pytest.raises(GenerationError, match=f"max_new_tokens {nothing}; allowed: 1 or more"):
+            pair.generate(CONVERSATIONS[1], max_new_tokens=nothing)
 
 
 def test_a_prefill_is_decoded_once(pair):
@@ -199,6 +242,23 @@ def test_from_ids_is_the_same_path(pair):
     from_text = pair.prefill(CONVERSATIONS[1])
     from_ids = pair.prefill(receiver_ids=prepared.ids, sharer_ids=part.ids, alignments=[part.alignment])
     assert torch.equal(kv.stack(from_text.cache), kv.stack(from_ids.cache))
+
+
+def test_a_row_of_padded_ids_gets_what_it_gets_alone(models):
+    receiver, _ = models
+    other = tiny_model("llama", seed=1)  # with the same tokenizer
+    c2c = C2C(receiver, [other], [random_fuser(receiver, other)])
+    rows = [torch.arange(20, 32), torch.arange(40, 45)]
+    alone = [c2c.decode(c2c.prefill(receiver_ids=row[None]), **GREEDY)[0].ids for row in rows]
+    padded = torch.zeros((2, 12), dtype=torch.long)
+    padded[0], padded[1, 7:] = rows[0], rows[1]
+    mask = (torch.arange(12) >= torch.tensor([[0], [7]])).long()
+    prefill = c2c.prefill(receiver_ids=padded, receiver_mask=mask)
+    assert ids(c2c.decode(prefill, **GREEDY)) == alone
+    with pytest.raises(AlignmentError, match="padded on the left"):
+        c2c.prefill(receiver_ids=padded.flip(1), receiver_mask=mask.flip(1))
+    with pytest.raises(AlignmentError, match="padding of sharer 0"):
+        c2c.prefill(receiver_ids=padded, sharer_ids=padded, sharer_masks=[mask])
 
 
 def test_only_fused_spans_differ_from_the_clean_cache(pair):
@@ -275,6 +335,26 @@ def test_a_chat_with_a_closed_fuser_says_what_a_fresh_read_would(models):
         assert answer.ids == closed.generate(chat.messages[:-1], **GREEDY).ids
     chat.reset()
     assert chat.messages == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 100_000},
+        {"no_such_option": 1},
+        {"num_beams": 2},
+        {"generation_config": GenerationConfig(num_return_sequences=2, num_beams=2)},
+    ],
+)
+def test_a_turn_that_fails_is_taken_back(pair, wrong):
+    chat, other = pair.chat(), pair.chat()
+    for one in (chat, other):
+        one.send("hello", **GREEDY)
+    before = list(chat.messages)
+    with pytest.raises(ValueError):
+        chat.send("go on", **wrong)
+    assert chat.messages == before
+    assert chat.send("go on", **GREEDY).counts == other.send("go on", **GREEDY).counts
 
 
 def test_a_streamed_turn_can_be_taken_back(pair):

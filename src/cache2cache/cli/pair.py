@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cache2cache.cli.extras import need
-from cache2cache.errors import ModelError
 from cache2cache.types import SharerPolicy
 
 if TYPE_CHECKING:
@@ -208,15 +207,10 @@ def complete(
 
 
 def check_device(name: str) -> None:
-    """Raise ModelError if torch has no such device here."""
-    import torch
+    """As `models.load.check_device`, for which torch is imported only now."""
+    from cache2cache.models import load
 
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(
-            f"no device {name} here", got=str(error).splitlines()[0], hint="c2c doctor lists the devices"
-        ) from error
+    load.check_device(name)
 
 
 def generate_kwargs(

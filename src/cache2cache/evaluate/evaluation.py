@@ -58,6 +58,7 @@ def evaluate(
     pair = _pair(settings, machine)
     identity = _identity(settings, pair, asked, loaded)
     prefills = Prefills(machine.prefills)
+    prefills.open([pair.receiver, *pair.sharers])
     with folder.held(out, identity):
         decisions = decide(
             pair, items, lambda name, rows: _training(chosen[name][0], rows, settings, machine), prefills, out,

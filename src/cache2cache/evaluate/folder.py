@@ -17,6 +17,8 @@ SETTINGS = "run.json"
 ROWS = "rows.jsonl"
 LATENCY = "latency.jsonl"
 SYSTEMS = "systems"
+DECISIONS = "decisions.json"
+ROUTERS = "router-{}.safetensors"
 
 _ABSENT = "absent"
 _SHOWN = 100
@@ -24,7 +26,9 @@ _SHOWN = 100
 
 @contextmanager
 def held(out: Path, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Hold a run's folder, made if it is not there. A folder that holds a run already must have the same settings.
+    """Hold a run's folder, made if it is not there. A folder that holds rows already must have the same settings.
+
+    Where no row was asked yet, other settings take the place of those that are there, and what was decided for them goes.
 
     Args:
         settings: everything that changes the numbers, as JSON. Entries may be added to `systems` later, since the rows
@@ -61,9 +65,13 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             raise DataError(f"{path} is damaged", got=error, hint=hint) from error
         now = {**settings, SYSTEMS: {**was.get(SYSTEMS, {}), **settings.get(SYSTEMS, {})}}
         kept = {**now, SYSTEMS: {name: now[SYSTEMS][name] for name in was.get(SYSTEMS, {})}}
-        if changes := differences({SYSTEMS: {}, **was}, kept):
+        changes = differences({SYSTEMS: {}, **was}, kept)
+        if changes and any((out / name).exists() for name in (ROWS, LATENCY)):
             raise DataError("the output folder holds a run with other settings", got="; ".join(changes), hint=hint)
-        settings = now
+        if not changes:
+            settings = now
+        for decided in [*out.glob(DECISIONS), *out.glob(ROUTERS.format("*"))] if changes else []:
+            decided.unlink()
     elif left := [name for name in (ROWS, LATENCY) if (out / name).exists()]:
         raise DataError(f"the output folder holds {' and '.join(left)} but no {SETTINGS}", got=out, hint=hint)
     partial = path.with_suffix(".partial")

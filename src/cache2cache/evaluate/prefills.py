@@ -32,6 +32,11 @@ class Prefills:
         self._held: dict[tuple[int, str], torch.Tensor] = {}
         self._stores: dict[int, PrefillStore] = {}
 
+    def open(self, models: Sequence[LanguageModel]) -> None:
+        """Raise DataError now, not when the first row is asked, if the folder cannot be used for these models."""
+        for lm in models:
+            self._store(lm)
+
     def clear(self) -> None:
         """Forget what is in memory."""
         self._held.clear()

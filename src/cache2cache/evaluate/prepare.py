@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache2cache.evaluate import folder
 from cache2cache.evaluate.build import numbered
 from cache2cache.evaluate.forms import kind_of
 from cache2cache.evaluate.items import Item
@@ -18,8 +19,6 @@ from cache2cache.evaluate.systems import Alone, Forms
 from cache2cache.evaluate.training import ROUTER_ROWS, Chosen, choose_form, pooled, train_router
 from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C
-
-DECISIONS = "decisions.json"
 
 
 @dataclass
@@ -89,7 +88,7 @@ def decide(
 
 
 def _kept(out: Path) -> Decisions | None:
-    path = out / DECISIONS
+    path = out / folder.DECISIONS
     if not path.is_file():
         return None
     kept = json.loads(path.read_text(encoding="utf-8"))
@@ -102,9 +101,9 @@ def _kept(out: Path) -> Decisions | None:
 def _keep(out: Path, decisions: Decisions) -> None:
     for kind, router in decisions.routers.items():
         router.save(_router(out, kind))
-    partial = (out / DECISIONS).with_suffix(".partial")
+    partial = (out / folder.DECISIONS).with_suffix(".partial")
     partial.write_text(json.dumps(decisions.summary(), indent=1), encoding="utf-8")
-    partial.rename(out / DECISIONS)
+    partial.rename(out / folder.DECISIONS)
 
 
 def _routed(
@@ -122,4 +121,4 @@ def _routed(
 
 
 def _router(out: Path, kind: str) -> Path:
-    return out / f"router-{kind}.safetensors"
+    return out / folder.ROUTERS.format(kind)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from cache2cache.errors import ModelError
+from cache2cache.errors import C2CError, DownloadError, ModelError
 from cache2cache.models import kv
 from cache2cache.models.geometry import geometry
 from cache2cache.models.pull import Source, resolve
@@ -191,14 +191,30 @@ def load(
             f"the weights of {name} are damaged", got=str(error), hint=f"Delete {source.location} and fetch it again"
         ) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{name} could not be loaded", got=f"{type(error).__name__}: {error}") from error
+        raise unreadable(f"{name} could not be loaded", source.location, error) from error
     return LanguageModel.wrap(model.to(device), tokenizer, name=source.name, revision=revision)  # type: ignore[arg-type]
+
+
+def unreadable(what: str, location: str | Path, error: Exception) -> C2CError:
+    """What to raise for a model that transformers cannot read: of a hub id it may be that it could not be fetched."""
+    got = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and not Path(location).exists():
+        return DownloadError(what, got=got, hint="Check the name, the network and what you may read on the hub")
+    return ModelError(what, got=got)
 
 
 def _source(name: str | Path, revision: str | None) -> tuple[Source, str | None]:
     if revision is None and "@" in str(name) and not Path(name).exists():
         name, _, revision = str(name).rpartition("@")
     return resolve(str(name)), revision
+
+
+def check_device(name: str, hint: str = "c2c doctor lists the devices") -> None:
+    """Raise ModelError if torch has no such device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"no device {name} here", got=str(error).splitlines()[0], hint=hint) from error
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -19,10 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cache2cache.errors import ModelError
 from cache2cache.models.catalogue import Model
 from cache2cache.models.geometry import geometry
-from cache2cache.models.load import LanguageModel, fingerprint, torch_dtype
+from cache2cache.models.load import LanguageModel, fingerprint, torch_dtype, unreadable
 from cache2cache.models.pull import look_up, ready
 from cache2cache.types import ModelCard
 
@@ -51,6 +50,7 @@ def skeleton(name: str, *, dtype: str = "auto", trust_remote_code: bool = False)
 
     Raises:
         UnknownModelError: see `look_up`.
+        DownloadError: config or tokenizer of a hub id could not be fetched.
         ModelError: no config or tokenizer can be read, or the config is of no model that can take part.
     """
     revision = None
@@ -95,9 +95,7 @@ def _read(location: str, name: str, **options: Any) -> tuple[PretrainedConfig, P
         config = AutoConfig.from_pretrained(location, **options)
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"config and tokenizer of {name} could not be read", got=f"{type(error).__name__}: {error}"
-        ) from error
+        raise unreadable(f"config and tokenizer of {name} could not be read", location, error) from error
     return config, tokenizer
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from cache2cache.decoding import end_tokens
+from cache2cache.decoding import CACHED, end_tokens
 from cache2cache.models import kv
 from cache2cache.models.load import pad_id
 from cache2cache.pipeline import C2C, Prefill
@@ -19,7 +19,7 @@ _PLAIN = {
     "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": None, "min_length": None,
     "min_new_tokens": None, "max_time": None, "stop_strings": None, "exponential_decay_length_penalty": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "begin_suppress_tokens": None,
-    "return_dict_in_generate": False,
+    "return_dict_in_generate": False, **CACHED,
 }  # fmt: skip
 """Defaults of a model that look at a whole batch or at a call's first token. Draws follow the request and nothing else."""
 

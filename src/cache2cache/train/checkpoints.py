@@ -72,6 +72,8 @@ class Checkpoint:
 def held(output: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
     """Hold a run's folder, made if it is not there, for this recipe; checkpoints that are not whole are removed.
 
+    A run that ended before its first checkpoint has left nothing to lose, and another may begin in its place.
+
     Args:
         resume: whether a run may be in it already, of the same recipe. None need be.
 
@@ -100,7 +102,7 @@ def held(output: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
 
 def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
     path, anew = output / RECIPE, f"give another --output, or delete {output} to begin anew"
-    if path.exists():
+    if path.exists() and (_whole(output) or (output / FUSER).exists()):
         if not resume:
             raise TrainingError("the output folder holds a run", got=output, hint=f"Go on with --resume, {anew}")
         try:
@@ -111,7 +113,9 @@ def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
             raise TrainingError(
                 "the output folder holds a run of another recipe", got="; ".join(changes), hint=anew.capitalize()
             )
-    elif left := sorted(x.name for x in output.iterdir() if x.name == FUSER or x.name.startswith(_PREFIX)):
+    elif not path.exists() and (
+        left := sorted(x.name for x in output.iterdir() if x.name == FUSER or x.name.startswith(_PREFIX))
+    ):
         raise TrainingError(
             f"the output folder holds {', '.join(left)} but no {RECIPE}", got=output, hint=anew.capitalize()
         )

@@ -202,6 +202,28 @@ def test_an_unknown_form_is_refused(pair, data, tmp_path, form):
         evaluate(settings(pair, data, receiver_form=form), tmp_path / "run", Machine(batch_size=3, data_dir=data))
 
 
+def test_a_run_that_failed_before_its_first_row_leaves_its_folder_free(pair, data, tmp_path):
+    """Also where forms were chosen already, for a model that is not asked now."""
+    machine, out = Machine(data_dir=data), tmp_path / "out"
+    with pytest.raises(DataError, match="form"):
+        evaluate(settings(pair, data, systems="receiver", controls="", sharer_form="nope"), out, machine)
+    (out / "decisions.json").write_text("{}")
+    right = settings(pair, data, systems="receiver", controls="", sharer_form="chat")
+    evaluate(right, out, machine)
+    assert json.loads((out / "run.json").read_text())["sharer_form"] == "chat"
+    with pytest.raises(DataError, match="other settings"):
+        evaluate(right.model_copy(update={"sharer_form": "completion"}), out, machine)
+
+
+def test_prefills_that_cannot_be_kept_are_told_before_a_row_is_asked(pair, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written to"):
+        evaluate(
+            settings(pair, data), tmp_path / "out", Machine(data_dir=data, prefills=tmp_path / "file" / "prefills")
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_fuser_that_was_trained_again_and_rows_that_were_edited_are_noticed(pair, data, tmp_path):
     """Under the same names, they would otherwise be mixed with what was answered before."""
     fuser, questions = tmp_path / "fuser", tmp_path / "mine.jsonl"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache2cache.errors import ModelError, UnknownModelError
+from cache2cache.errors import DownloadError, ModelError, UnknownModelError
 from cache2cache.models import kv
 from cache2cache.models.catalogue import MODELS
 from cache2cache.models.load import LanguageModel, load
@@ -112,6 +112,10 @@ def test_unknown_names_and_damaged_configs(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(ModelError, match="could not be read"):
         skeleton(str(tmp_path))
+    with pytest.raises(DownloadError, match=r"org/none could not be read(?s:.*)network"):
+        skeleton("org/none")
+    with pytest.raises(DownloadError, match=r"org/none could not be loaded(?s:.*)network"):
+        load("org/none")
     with pytest.raises(ModelError, match="unknown dtype"):
         skeleton("smollm2-135m", dtype="float8")
 

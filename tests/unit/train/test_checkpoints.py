@@ -74,9 +74,19 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path, recipe):
     assert folders == [whole]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_where_nothing_was_kept_another_run_may_begin(tmp_path, recipe, resume):
+    """A run that ended at once, with a mistyped name, or before its first checkpoint."""
+    with held(tmp_path, recipe(seed=1), resume=False):
+        save(tmp_path, 8, whole=False)
+    with held(tmp_path, recipe(seed=2), resume=resume):
+        assert not folder_of(tmp_path, 8).exists()
+    assert json.loads((tmp_path / checkpoints.RECIPE).read_text())["seed"] == 2
+
+
 def test_a_folder_with_a_run_is_refused_unless_it_goes_on(tmp_path, recipe):
     with held(tmp_path, recipe(), resume=False):
-        pass
+        save(tmp_path, 8)
     with pytest.raises(TrainingError, match="holds a run; got .*--resume"), held(tmp_path, recipe(), resume=False):
         pass
     with held(tmp_path, recipe(), resume=True):
@@ -85,7 +95,7 @@ def test_a_folder_with_a_run_is_refused_unless_it_goes_on(tmp_path, recipe):
 
 def test_another_recipe_is_refused_and_its_differences_named(tmp_path, recipe):
     with held(tmp_path, recipe(), resume=False):
-        pass
+        save(tmp_path, 8)
     other = recipe(optim={"learning_rate": 0.5}, seed=7)
     with pytest.raises(TrainingError) as error, held(tmp_path, other, resume=True):
         pass
@@ -107,6 +117,7 @@ def test_results_without_a_recipe_are_not_written_over(tmp_path, recipe, left):
 
 
 def test_a_damaged_recipe_is_named(tmp_path, recipe):
+    save(tmp_path, 8)
     (tmp_path / checkpoints.RECIPE).write_text("{")
     with pytest.raises(TrainingError, match="recipe.json is damaged"), held(tmp_path, recipe(), resume=True):
         pass

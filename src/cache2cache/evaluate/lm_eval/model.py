@@ -8,7 +8,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -18,12 +17,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cache2cache import inputs
-from cache2cache.errors import DataError, GenerationError, ModelError, TemplateError
+from cache2cache.errors import DataError, GenerationError, TemplateError
 from cache2cache.evaluate.lm_eval.contexts import Asked, Reader, pack
 from cache2cache.evaluate.lm_eval.likelihood import Scored, prepare, scores
 from cache2cache.evaluate.lm_eval.writing import write
 from cache2cache.fuser.several import FusionMode
 from cache2cache.inputs import Row
+from cache2cache.models.load import check_device
 from cache2cache.pipeline import C2C
 from cache2cache.text import chat
 
@@ -74,7 +74,7 @@ class C2CLM(TemplateLM):
             device: the harness's command line says `cuda:0` where its `--device` is not given.
         """
         for name in (device, sharer_device or device):
-            _check_device(name)
+            check_device(name, hint="The harness asks for cuda:0 where it is not told otherwise: --device cpu")
         pair = C2C.from_pretrained(
             receiver,
             _names(sharer),
@@ -217,14 +217,3 @@ def _names(value: str | Sequence[str] | None) -> list[str]:
     if isinstance(value, str):
         return [name.strip() for name in value.split(";")]
     return list(value or ())
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(
-            f"no device {name} here",
-            got=str(error).splitlines()[0],
-            hint="The harness asks for cuda:0 where it is not told otherwise: --device cpu",
-        ) from error
