@@ -223,6 +223,13 @@ class TestEveryAnswer:
         finally:
             config.repetition_penalty = config.no_repeat_ngram_size = config.min_new_tokens = None
 
+    def test_does_not_depend_on_how_the_generation_config_would_have_it_read(self, c2c, monkeypatch):
+        """Without a cache, or in pieces, transformers would read the prompt twice."""
+        (plain,) = answers(c2c, [ask()])
+        for name, value in (("use_cache", False), ("prompt_lookup_num_tokens", 3), ("prefill_chunk_size", 4)):
+            monkeypatch.setattr(c2c.receiver.model.generation_config, name, value)
+            assert answers(c2c, [ask()])[0].ids == plain.ids, name
+
 
 class TestText:
     def test_is_read_as_it_is(self, closed):
