@@ -235,7 +235,7 @@ def from_ids(
     batch, width = receiver_ids.shape
     mask = torch.ones_like(receiver_ids) if receiver_mask is None else receiver_mask
     _same_shape("receiver_mask", mask, receiver_ids)
-    if not (mask[:, -1].all() and (mask.diff(dim=1) >= 0).all()):
+    if not (mask[:, -1].all() and (mask.long().diff(dim=1) >= 0).all()):
         raise AlignmentError(
             "the receiver's ids are not padded on the left", hint='Set tokenizer.padding_side = "left"'
         )
@@ -263,7 +263,7 @@ def from_ids(
                 got=f"{int(alignment.min())}–{int(alignment.max())}", allowed=f"0–{ids.shape[1] - 1}",
             )  # fmt: skip
         due = torch.as_tensor(_only_last(_spans(spans, width), fuser.config.fuse_last)) * mask.bool()
-        if not their_mask.gather(1, alignment)[due > 0].all():
+        if not their_mask.gather(1, alignment.long())[due > 0].all():
             raise AlignmentError(
                 f"a column that is fused is aligned to padding of sharer {i}", hint="Give its mask and its alignment"
             )

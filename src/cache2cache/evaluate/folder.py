@@ -65,13 +65,13 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             raise DataError(f"{path} is damaged", got=error, hint=hint) from error
         now = {**settings, SYSTEMS: {**was.get(SYSTEMS, {}), **settings.get(SYSTEMS, {})}}
         kept = {**now, SYSTEMS: {name: now[SYSTEMS][name] for name in was.get(SYSTEMS, {})}}
-        changes = differences({SYSTEMS: {}, **was}, kept)
-        if changes and any((out / name).exists() for name in (ROWS, LATENCY)):
-            raise DataError("the output folder holds a run with other settings", got="; ".join(changes), hint=hint)
-        if not changes:
+        if not (changes := differences({SYSTEMS: {}, **was}, kept)):
             settings = now
-        for decided in [*out.glob(DECISIONS), *out.glob(ROUTERS.format("*"))] if changes else []:
-            decided.unlink()
+        elif any((out / name).exists() for name in (ROWS, LATENCY)):
+            raise DataError("the output folder holds a run with other settings", got="; ".join(changes), hint=hint)
+        else:
+            for decided in (*out.glob(DECISIONS), *out.glob(ROUTERS.format("*"))):
+                decided.unlink()
     elif left := [name for name in (ROWS, LATENCY) if (out / name).exists()]:
         raise DataError(f"the output folder holds {' and '.join(left)} but no {SETTINGS}", got=out, hint=hint)
     partial = path.with_suffix(".partial")
