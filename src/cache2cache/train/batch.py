@@ -49,6 +49,8 @@ class TrainRow:
     """(T,) the receiver's tokens that are learned: the response and the end of its turn, or the beginning of that."""
     text: str
     """The whole response as text, without the end of the turn."""
+    place: str = ""
+    """Where it lies, as in `Example`."""
     everywhere: bool = False
     """Whether it was made by `everywhere.everywhere`: `row` is prompt and response, but for the last token, and `response`
     (T,) what follows the last T of those, −100 where that is not learned."""
@@ -96,6 +98,7 @@ class Collator:
       and zero where nothing is fused. S is the first column at which a row is fused. Absent unless they were computed ahead.
     - their_positions (B, W): position ids of the sharer's keys.
     - teacher_ids, teacher_logprobs (B, T, K): absent without teachers.
+    - places: where the rows lie, for people.
     - rows: the `TrainRow`s, of items that are untaught.
     """
 
@@ -112,6 +115,7 @@ class Collator:
         batch: dict[str, Any] = {
             "ids": prepared.ids, "mask": prepared.mask, "sharer_ids": part.ids, "sharer_mask": part.mask,
             "alignment": part.alignment, "due": part.due, "response": response, "labels": labels,
+            "places": [row.place for row in rows],
             "their_positions": kv.position_ids(part.mask).gather(1, grid(part.alignment, width)),
         }  # fmt: skip
         if items[0].own is not None and items[0].theirs is not None:

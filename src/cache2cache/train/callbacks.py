@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,7 +29,7 @@ from cache2cache.train.measures import SHOWN
 class Running:
     """The optimizer step under way, for callbacks, which Trainer hands neither batches nor losses."""
 
-    batches: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    batches: list[dict[str, Any]] = field(default_factory=list)
     """Of this process, one per forward pass."""
     loss: torch.Tensor | float = 0.0
     """Their sum so far, nats per response token."""
@@ -52,7 +53,7 @@ class Halt(TrainerCallback):
     """Ends a run before it steps on a loss or a gradient that is not finite, or on a loss that explodes.
 
     A uniform guess costs ln(vocabulary) nats per token; twice that, for each term of the objective, is an explosion. The
-    step's batches are saved, with their rows as text.
+    step's batches are saved, with their rows as text and where those lie.
     """
 
     def __init__(self, pair: C2C, objective: ObjectivePart, running: Running, output: Path):
@@ -84,10 +85,16 @@ class Halt(TrainerCallback):
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors, rows = {}, []
         for i, batch in enumerate(self.running.batches):
-            tensors |= {f"{i}.{name}": x.detach().to("cpu").contiguous() for name, x in batch.items()}
+            tensors |= {
+                f"{i}.{name}": x.detach().to("cpu").contiguous()
+                for name, x in batch.items()
+                if isinstance(x, torch.Tensor)
+            }
             decode = self.pair.receiver.tokenizer.decode
-            for ids, mask, labels in zip(batch["ids"], batch["mask"], batch["labels"], strict=True):
-                rows.append({"prompt": decode(ids[mask.bool()]), "response": decode(labels[labels >= 0])})
+            for place, *row in zip(*(batch[name] for name in ("places", "ids", "mask", "labels")), strict=True):
+                ids, mask, labels = row
+                text = {"prompt": decode(ids[mask.bool()]), "response": decode(labels[labels >= 0])}
+                rows.append({"place": place, **text})
         save_file(tensors, self.folder / f"batches-{process}.safetensors")
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (self.folder / f"rows-{process}.jsonl").write_text(text, encoding="utf-8")

@@ -87,7 +87,7 @@ class Miniature:
         sharer_statistics(self._pair, found)
 
     def _put_together(self, items: Sequence[Item]) -> Batch:
-        return {name: x.to(self.device) for name, x in self._collate(items).items()}
+        return {name: x.to(self.device) for name, x in self._collate(items).items() if isinstance(x, torch.Tensor)}
 
 
 def _small(pair: C2C, layers: int, device: torch.device) -> C2C:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -59,6 +60,7 @@ def train_rows(
         if row is None:
             dropped.append(Dropped(example.place, "too long"))
         else:
+            row = replace(row, place=example.place)
             rows.append(everywhere(row, pair) if fused == "everywhere" else row)
     return rows, dropped
 

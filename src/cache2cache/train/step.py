@@ -58,13 +58,13 @@ class TrainingStep(nn.Module):
         self._mapped = sorted(set(self.fuser.config.layer_map))
         self._place = [self._mapped.index(layer) for layer in self.fuser.config.layer_map]
 
-    def forward(self, num_items_in_batch: torch.Tensor | int | None = None, **batch: torch.Tensor) -> Batch:
+    def forward(self, num_items_in_batch: torch.Tensor | int | None = None, **batch: Any) -> Batch:
         """The loss of a batch; while validating, also what it is made of.
 
         Args:
             num_items_in_batch: response tokens of the whole optimizer step, over its forward passes and processes. Sums are
                 divided by it, so that gradients do not depend on how the step was cut up; by this batch's own by default.
-            batch: from `batch.Collator`. Caches that it lacks are computed.
+            batch: from `batch.Collator`. Caches that it lacks are computed; what is no tensor is left aside.
 
         Returns:
             `loss`: while training, response · nats + distill · divergence + contrastive · hinge, each per response token
@@ -77,7 +77,7 @@ class TrainingStep(nn.Module):
             DataError: while training, a batch in which no position is fused.
         """
         device = self._pair[0].receiver.device
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        batch = {name: x.to(device) for name, x in batch.items() if isinstance(x, torch.Tensor)}
         own, heard = self._own(batch), self._heard(batch)
         if not self.training:
             return self._validate(batch, own, heard)

@@ -44,7 +44,9 @@ def running(c2c, loss: float) -> Running:
     tokenizer = c2c.receiver.tokenizer
     ids = torch.tensor([tokenizer("what?")["input_ids"], [0, *tokenizer("who?")["input_ids"]]])
     labels = torch.tensor([tokenizer("it")["input_ids"], [tokenizer("I")["input_ids"][0], -100]])
-    return Running([{"ids": ids, "mask": torch.tensor([[1] * 5, [0, 1, 1, 1, 1]]), "labels": labels}], loss)
+    places = ["a.jsonl, line 1", "a.jsonl, line 7"]
+    mask = torch.tensor([[1] * 5, [0, 1, 1, 1, 1]])
+    return Running([{"ids": ids, "mask": mask, "labels": labels, "places": places}], loss)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1e4])
@@ -55,7 +57,10 @@ def test_a_loss_that_is_not_finite_or_explodes_ends_the_run_with_the_batch_saved
     saved = load_file(tmp_path / "halted" / "batches-0.safetensors")
     assert torch.equal(saved["0.ids"], halt.running.batches[0]["ids"])
     rows = [json.loads(line) for line in (tmp_path / "halted" / "rows-0.jsonl").read_text().splitlines()]
-    assert rows == [{"prompt": "what?", "response": "it"}, {"prompt": "who?", "response": "I"}]
+    assert rows == [
+        {"place": "a.jsonl, line 1", "prompt": "what?", "response": "it"},
+        {"place": "a.jsonl, line 7", "prompt": "who?", "response": "I"},
+    ]
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_is_named(c2c, tmp_path):

@@ -283,6 +283,7 @@ def test_a_run_that_explodes_is_halted(models, recipe, machine, tmp_path):
         train(recipe(optim={"learning_rate": 1e6, "warmup_steps": 0}), tmp_path / "out", machine)
     rows = (tmp_path / "out" / "halted" / "rows-0.jsonl").read_text().splitlines()
     assert len(rows) == 4 and "which?" in json.loads(rows[0])["prompt"]
+    assert all(json.loads(row)["place"].startswith("train.jsonl, line ") for row in rows)
 
 
 def test_a_gathered_state_is_saved_in_the_place_of_shards(models, recipe, machine, tmp_path):
