@@ -112,12 +112,16 @@ def test_unknown_names_and_damaged_configs(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(ModelError, match="could not be read"):
         skeleton(str(tmp_path))
+    with pytest.raises(ModelError, match="unknown dtype"):
+        skeleton("smollm2-135m", dtype="float8")
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # otherwise it is asked again and again
     with pytest.raises(DownloadError, match=r"org/none could not be read(?s:.*)network"):
         skeleton("org/none")
     with pytest.raises(DownloadError, match=r"org/none could not be loaded(?s:.*)network"):
         load("org/none")
-    with pytest.raises(ModelError, match="unknown dtype"):
-        skeleton("smollm2-135m", dtype="float8")
 
 
 def test_a_model_that_cannot_take_part(tmp_path):
