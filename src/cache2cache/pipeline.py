@@ -15,20 +15,18 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache2cache import inputs
 from cache2cache.decoding import generation_options, until_end
-from cache2cache.errors import FuserMismatchError, GenerationError, MissingExtraError, SharerError
+from cache2cache.errors import FuserMismatchError, GenerationError, SharerError
 from cache2cache.fuser.base import Fuser
 from cache2cache.fuser.several import FusionMode, Speaker, fused_kv
 from cache2cache.inputs import Inputs, Row, SharerInputs
+from cache2cache.loading import load_pair
 from cache2cache.models import kv
-from cache2cache.models.load import LanguageModel, Sharer, check_device, load, pad_id
+from cache2cache.models.load import LanguageModel, Sharer, pad_id
 from cache2cache.types import Conversation, Generation, Message, SharerPolicy, Timings, TokenCounts, clock
 
 if TYPE_CHECKING:
     from cache2cache.chat import Chat
     from cache2cache.serve.remote import RemoteOptions
-
-ADDRESSES = ("http://", "https://")
-"""How the name of a sharer begins that is elsewhere."""
 
 Model = LanguageModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -127,21 +125,11 @@ class C2C:
             FuserMismatchError: fusers that are not those of the pair.
             SharerError: a sharer elsewhere that does not answer.
         """
-        for name in {str(device), str(sharer_device or device)}:
-            check_device(name)
-        sharers = [sharers] if isinstance(sharers, str | Path) else sharers
-        fusers = [fusers] if isinstance(fusers, str | Path | Fuser) else fusers
-        loaded = [f if isinstance(f, Fuser) else Fuser.from_pretrained(f) for f in fusers]
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        # Asked first: a service that does not answer is noticed before anything large is loaded.
-        elsewhere = {s: _connect(s, remote) for s in map(str, sharers) if s.startswith(ADDRESSES)}
-        return cls(
-            load(receiver, device=device, **options),
-            [elsewhere.get(str(s)) or load(s, device=sharer_device or device, **options) for s in sharers],
-            loaded,
-            mode,
-            on_sharer_failure=on_sharer_failure,
-        )
+        parts = load_pair(
+            receiver, sharers, fusers, device=device, sharer_device=sharer_device or device, remote=remote, dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return cls(*parts, mode, on_sharer_failure=on_sharer_failure)
 
     # --- the request path ---------------------------------------------------------------------------------------
 
@@ -354,16 +342,6 @@ class C2C:
                 got=sharers, allowed=f"indices {everyone}, {rows} lists",
             )  # fmt: skip
         return [sorted(set(who)) for who in per_row]  # type: ignore[arg-type]
-
-
-def _connect(address: str, options: RemoteOptions | None) -> Sharer:
-    try:
-        from cache2cache.serve.remote import RemoteSharer
-    except ImportError as error:
-        raise MissingExtraError(
-            "a sharer elsewhere needs more libraries", got=str(error), hint="pip install 'cache2cache[serve]'"
-        ) from error
-    return RemoteSharer.connect(address, options)
 
 
 def _check(pair: C2C) -> None:

@@ -468,12 +468,12 @@ def test_killed_and_started_again(receiver, sharer, fuser, running):
 
 
 def test_loading_by_address(monkeypatch, receiver, sharer, fuser, node):
-    monkeypatch.setattr("cache2cache.pipeline.load", lambda *_, **__: receiver)
+    monkeypatch.setattr("cache2cache.loading.load", lambda *_, **__: receiver)
     pair = C2C.from_pretrained("r", [node.address], [fuser], remote=RemoteOptions(timeout=9), on_sharer_failure="fail")
     same_bits(C2C(receiver, [sharer], [fuser]), pair)
 
 
 def test_an_address_is_tried_before_anything_is_loaded(monkeypatch, fuser):
-    monkeypatch.setattr("cache2cache.pipeline.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("cache2cache.loading.load", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(SharerError, match="cannot be reached"):
         C2C.from_pretrained("r", ["http://127.0.0.1:9"], [fuser], remote=RemoteOptions(retries=0))
