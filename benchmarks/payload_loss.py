@@ -12,6 +12,7 @@ from payload_service import wanted
 
 from cache2cache.evaluate import folder, scoring, stats, tasks
 from cache2cache.evaluate.heard import Own
+from cache2cache.evaluate.identity import rows_digest, weights_digest
 from cache2cache.evaluate.items import Answer, Item
 from cache2cache.evaluate.plan import make_plan
 from cache2cache.evaluate.prefills import Prefills
@@ -20,6 +21,7 @@ from cache2cache.evaluate.runner import run
 from cache2cache.evaluate.schema import RowRecord
 from cache2cache.evaluate.tasks.base import Scored, Task, nats_per_token
 from cache2cache.inputs import Row
+from cache2cache.models.load import weights_fingerprint
 from cache2cache.pipeline import C2C
 from cache2cache.serve.payload import Precision, SharerCache, ids_digest
 from cache2cache.types import Timings
@@ -122,8 +124,11 @@ def loss(
         items, [system.name for system in systems], batch_size=batch_size,
         length=lambda item: len(tokenizer(item.messages[-1]["content"])["input_ids"]),  # type: ignore[arg-type]
     )  # fmt: skip
-    models = [lm.card.id for lm in (pair.receiver, *pair.sharers)]
-    settings = {"models": models, "dtype": str(pair.receiver.dtype), "rows": {k: len(v) for k, v in items.items()}}
+    models = [[lm.card.id, weights_fingerprint(lm.model)] for lm in (pair.receiver, *pair.sharers)]
+    settings = {
+        "models": models, "dtype": str(pair.receiver.dtype), "fusers": [weights_digest(fuser) for fuser in pair.fusers],
+        "rows": {name: rows_digest(rows) for name, rows in items.items()},
+    }  # fmt: skip
     run(
         plan, systems, [Scorer(task) for task in chosen], out,
         settings=settings, max_errors=0, on_batch=lambda _: held.clear(),

@@ -1,4 +1,4 @@
-"""From conversations, or from token ids, to the padded tensors that the request path runs on.
+"""From conversations to the padded tensors that the request path runs on.
 
 Batches are padded on the left, so that every row's prompt ends in the same column.
 """
@@ -17,7 +17,7 @@ from cache2cache.models.load import LanguageModel, Sharer
 from cache2cache.text.align import align
 from cache2cache.text.chat import render
 from cache2cache.text.retokenise import retokenise
-from cache2cache.types import Conversation, Span, Timings, clock
+from cache2cache.types import Conversation, Timings, clock
 
 
 @dataclass(frozen=True)
@@ -101,24 +101,24 @@ def row(
             config = fusers[i].config
             if config.alignment == "native":
                 ids, alignment = theirs[i].ids, align(own, theirs[i])
-                due = _whole(len(own.ids))
+                due = whole(len(own.ids))
             elif config.alignment == "same-ids":
                 ids, alignment = own.ids, np.arange(len(own.ids))
-                due = _whole(len(own.ids))
+                due = whole(len(own.ids))
             else:
                 ids, alignment, due = _retokenised(messages, receiver, sharers[i], fusers[i])
-            rows[i] = SharerRow(ids, alignment, _only_last(due, config.fuse_last))
+            rows[i] = SharerRow(ids, alignment, only_last(due, config.fuse_last))
     return _checked(Row(own.ids, tuple(rows)), receiver, sharers)
 
 
-def _whole(size: int) -> np.ndarray:
+def whole(size: int) -> np.ndarray:
     """(N,) one span: every position but the last, fused together."""
     due = np.full(size, size - 1)
     due[-1:] = 0
     return due
 
 
-def _only_last(due: np.ndarray, last: int | None) -> np.ndarray:
+def only_last(due: np.ndarray, last: int | None) -> np.ndarray:
     """Of the positions to be fused, only those among the prompt's `last` ones before its last."""
     if last is not None:
         due = due.copy()
@@ -149,16 +149,24 @@ def _retokenised(messages: Conversation, receiver: LanguageModel, sharer: Sharer
 
 def _checked(row: Row, receiver: LanguageModel, sharers: Sequence[Sharer]) -> Row:
     check_length(receiver, len(row.ids), 1)
+    check_vocabulary(receiver, row.ids)
     for lm, part in zip(sharers, row.sharers, strict=True):
         if part is not None:
             check_length(lm, len(part.ids), 0)
-            vocabulary = lm.card.geometry.vocab_size
-            if vocabulary and len(part.ids) and int(part.ids.max()) >= vocabulary:
-                raise AlignmentError(
-                    f"the sharer {lm.card.id} is given token ids that it does not have",
-                    got=int(part.ids.max()), allowed=f"below {vocabulary}",
-                )  # fmt: skip
+            check_vocabulary(lm, part.ids)
     return row
+
+
+def check_vocabulary(lm: Sharer, ids: np.ndarray | torch.Tensor) -> None:
+    """Raise AlignmentError unless the model has an embedding for each of these ids."""
+    vocabulary = lm.card.geometry.vocab_size
+    low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    if low < 0 or (vocabulary and high >= vocabulary):
+        raise AlignmentError(
+            f"{lm.card.id} is given token ids that it does not have", got=high if low >= 0 else low,
+            allowed=f"0–{vocabulary - 1}" if vocabulary else "0 and above",
+            hint="If tokens were added to its tokenizer, call resize_token_embeddings on the model",
+        )  # fmt: skip
 
 
 def check_length(lm: Sharer, prompt: int, new: int, context: int | None = None) -> None:
@@ -205,88 +213,3 @@ def padded(rows: Sequence[np.ndarray], pad: int) -> tuple[torch.Tensor, torch.Te
             ids[b, width - len(row) :] = torch.as_tensor(row)
             mask[b, width - len(row) :] = 1
     return ids, mask
-
-
-def from_ids(
-    receiver_ids: torch.Tensor,
-    sharer_ids: Sequence[torch.Tensor | None],
-    fusers: Sequence[Fuser],
-    *,
-    receiver_mask: torch.Tensor | None = None,
-    sharer_masks: Sequence[torch.Tensor | None] | None = None,
-    alignments: Sequence[torch.Tensor | None] | None = None,
-    spans: Sequence[Span] | None = None,
-) -> Inputs:
-    """A batch from token ids.
-
-    Args:
-        receiver_ids: (B, N), padded on the left.
-        sharer_ids: per sharer (B, M), or None if it does not speak.
-        receiver_mask, sharer_masks: 1 for real tokens, the receiver's on the right; all real by default.
-        alignments: per sharer (B, N) column of the sharer for each column of the receiver; by default position for
-            position, which needs M = N.
-        spans: runs of columns that are fused together, or not, as soon as the receiver has read them; columns
-            between spans are not fused. One span over all but the last token by default.
-
-    Raises:
-        AlignmentError: shapes that do not belong together, indices out of range, spans that overlap, padding that is not on the
-            left or would be fused.
-    """
-    batch, width = receiver_ids.shape
-    mask = torch.ones_like(receiver_ids) if receiver_mask is None else receiver_mask
-    _same_shape("receiver_mask", mask, receiver_ids)
-    if not (mask[:, -1].all() and (mask.long().diff(dim=1) >= 0).all()):
-        raise AlignmentError(
-            "the receiver's ids are not padded on the left", hint='Set tokenizer.padding_side = "left"'
-        )
-    if len(sharer_ids) != len(fusers):
-        raise AlignmentError("one tensor of sharer ids per sharer is needed", got=len(sharer_ids), allowed=len(fusers))
-    sharers: list[SharerInputs | None] = []
-    for i, (ids, fuser) in enumerate(zip(sharer_ids, fusers, strict=True)):
-        if ids is None:
-            sharers.append(None)
-            continue
-        given_mask = sharer_masks[i] if sharer_masks else None
-        their_mask = torch.ones_like(ids) if given_mask is None else given_mask
-        _same_shape(f"sharer_masks[{i}]", their_mask, ids)
-        given = alignments[i] if alignments else None
-        if given is None and ids.shape != receiver_ids.shape:
-            raise AlignmentError(
-                f"sharer {i} reads other columns than the receiver and no alignment was given",
-                got=f"{tuple(ids.shape)} beside {tuple(receiver_ids.shape)}", hint="Pass alignments=[…]",
-            )  # fmt: skip
-        alignment = torch.arange(width).expand(batch, width) if given is None else given
-        _same_shape(f"alignments[{i}]", alignment, receiver_ids)
-        if int(alignment.min()) < 0 or int(alignment.max()) >= ids.shape[1]:
-            raise AlignmentError(
-                f"alignments[{i}] leaves the sharer's columns",
-                got=f"{int(alignment.min())}–{int(alignment.max())}", allowed=f"0–{ids.shape[1] - 1}",
-            )  # fmt: skip
-        due = torch.as_tensor(_only_last(_spans(spans, width), fuser.config.fuse_last)) * mask.bool()
-        if not their_mask.gather(1, alignment.long())[due > 0].all():
-            raise AlignmentError(
-                f"a column that is fused is aligned to padding of sharer {i}", hint="Give its mask and its alignment"
-            )
-        sharers.append(SharerInputs(ids, their_mask, alignment, due))
-    return Inputs(receiver_ids, mask, tuple(sharers))
-
-
-def _spans(spans: Sequence[Span] | None, width: int) -> np.ndarray:
-    """(N,) when each column is fused, see `SharerInputs.due`."""
-    if spans is None:
-        return _whole(width)
-    due, at = np.zeros(width, dtype=np.int64), 0
-    for span in spans:
-        if not at <= span.start < span.stop <= width - 1:
-            raise AlignmentError(
-                "spans must be in order, not overlap, and leave the prompt's last token out",
-                got=list(spans), allowed=f"columns 0–{width - 2}",
-            )  # fmt: skip
-        at = span.stop
-        due[span.start : at] = at if span.fuse else 0
-    return due
-
-
-def _same_shape(name: str, got: torch.Tensor, like: torch.Tensor) -> None:
-    if got.shape != like.shape:
-        raise AlignmentError(f"{name} has the wrong shape", got=tuple(got.shape), allowed=tuple(like.shape))

@@ -8,27 +8,27 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
 from cache2cache import inputs
-from cache2cache.decoding import generation_options, until_end
-from cache2cache.errors import FuserMismatchError, GenerationError, SharerError
+from cache2cache.decoding import decoding_of
+from cache2cache.errors import GenerationError, SharerError
+from cache2cache.from_ids import from_ids
 from cache2cache.fuser.base import Fuser
 from cache2cache.fuser.several import FusionMode, Speaker, fused_kv
 from cache2cache.inputs import Inputs, Row, SharerInputs
 from cache2cache.loading import load_pair
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel, Sharer, pad_id
+from cache2cache.pair import Model, check, speaking, wrapped
 from cache2cache.types import Conversation, Generation, Message, SharerPolicy, Timings, TokenCounts, clock
 
 if TYPE_CHECKING:
     from cache2cache.chat import Chat
     from cache2cache.serve.remote import RemoteOptions
-
-Model = LanguageModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 @dataclass
@@ -83,15 +83,14 @@ class C2C:
     ):
         if names := [x for x in (receiver, *sharers, *fusers) if isinstance(x, str | Path)]:
             raise TypeError(f"C2C takes what is loaded, got the name {names[0]!r}: C2C.from_pretrained loads by name")
-        self.receiver = LanguageModel.wrap(*receiver) if isinstance(receiver, tuple) else receiver
-        known = [LanguageModel.wrap(*lm) if isinstance(lm, tuple) else lm for lm in sharers]
+        self.receiver, *known = [wrapped(lm) for lm in (receiver, *sharers)]
         # Whoever wants more of a sharer than `Sharer` promises gets a ModelError from one that is elsewhere.
         self.sharers = cast("list[LanguageModel]", known)
         self.fusers = [fuser.to(self.receiver.device).eval() for fuser in fusers]
         self.mode: FusionMode = mode
         self.on_sharer_failure: SharerPolicy = on_sharer_failure
         self.template = self.fusers[0].config.receiver_template if self.fusers else template
-        _check(self)
+        check(self)
 
     @classmethod
     def from_pretrained(
@@ -175,10 +174,10 @@ class C2C:
     ) -> list[Row]:
         """Each conversation as every model will read it."""
         timings = timings or Timings()
-        speaking = self._speaking(sharers, len(conversations))
+        speakers = speaking(sharers, len(self.sharers), len(conversations))
         return [
             inputs.row(messages, self.receiver, self.sharers, self.fusers, who, timings, self.template)
-            for messages, who in zip(conversations, speaking, strict=True)
+            for messages, who in zip(conversations, speakers, strict=True)
         ]
 
     def collate(self, rows: Sequence[Row]) -> Inputs:
@@ -244,10 +243,11 @@ class C2C:
 
     @torch.no_grad()
     def decode(self, prefill: Prefill, **generate_kwargs: Any) -> list[Generation]:
-        """Let the receiver answer from a fused cache, which is extended by what it writes: a `Prefill` serves once.
+        """Let the receiver answer from a fused cache. What it writes extends the cache, unless a row has several answers or
+        beams: a `Prefill` serves once.
 
         Raises:
-            ContextLengthError, GenerationError: see `generation_options`; also for a prefill that was decoded before.
+            ContextLengthError, GenerationError: see `decoding_of`; also for a prefill that was decoded before.
         """
         if kv.length(prefill.cache) != prefill.ids.shape[1] - 1:
             raise GenerationError(
@@ -257,14 +257,14 @@ class C2C:
             )  # fmt: skip
         model, tokenizer = self.receiver.model, self.receiver.tokenizer
         ids, mask = prefill.ids.to(model.device), prefill.mask.to(model.device)
-        options, expand = generation_options(self.receiver, ids.shape[1], generate_kwargs)
-        kv.repeat_rows(prefill.cache, expand)
+        decoding = decoding_of(self.receiver, ids.shape[1], generate_kwargs)
+        cache = kv.repeated(prefill.cache, decoding.expand)
         with clock(prefill.timings, "decode", model.device):
-            raw = model.generate(ids, attention_mask=mask, past_key_values=prefill.cache, **options)  # type: ignore[operator]
+            raw = model.generate(ids, attention_mask=mask, past_key_values=cache, **decoding.options)  # type: ignore[operator]
         sequences = raw if isinstance(raw, torch.Tensor) else raw.sequences
         answers = []
-        for i, new in enumerate(sequences[:, ids.shape[1] :].tolist()):
-            new = until_end(new, options["eos_token_id"])
+        for i, sequence in enumerate(sequences.tolist()):
+            new = decoding.written(i, sequence)
             row = i * len(ids) // len(sequences)
             spoke = [part for part in prefill.inputs.sharers if part is not None and part.due[row].any()]
             read = [int(part.mask[row].sum()) for part in spoke]
@@ -289,7 +289,7 @@ class C2C:
         Args:
             receiver_ids: (B, N), instead of conversations.
             sharer_ids: (B, M) per sharer; the receiver's ids, with their mask, by default.
-            ids_kwargs: `receiver_mask`, `sharer_masks`, `alignments`, `spans`: see `inputs.from_ids`.
+            ids_kwargs: `receiver_mask`, `sharer_masks`, `alignments`, `spans`: see `from_ids.from_ids`.
         """
         if (conversations is None) == (receiver_ids is None):
             raise TypeError("prefill() takes either conversations or receiver_ids")
@@ -305,14 +305,9 @@ class C2C:
         elif isinstance(sharer_ids, torch.Tensor):
             sharer_ids = [sharer_ids]
         if sharers is not None:
-            (who,) = self._speaking(sharers, 1)
+            (who,) = speaking(sharers, len(self.sharers), 1)
             sharer_ids = [ids if i in who else None for i, ids in enumerate(sharer_ids)]
-        prepared = inputs.from_ids(receiver_ids, sharer_ids, self.fusers, **ids_kwargs)
-        inputs.check_length(self.receiver, receiver_ids.shape[1], 1)
-        for lm, ids in zip(self.sharers, sharer_ids, strict=True):
-            if ids is not None:
-                inputs.check_length(lm, ids.shape[1], 0)
-        return self.read(prepared)
+        return self.read(from_ids(receiver_ids, sharer_ids, self.receiver, self.sharers, self.fusers, **ids_kwargs))
 
     def stream(
         self, conversation: Conversation, *, sharers: Sequence[int] | None = None, **generate_kwargs: Any
@@ -329,32 +324,6 @@ class C2C:
         from cache2cache.chat import Chat
 
         return Chat(self, [] if system is None else [Message(role="system", content=system)])
-
-    def _speaking(self, sharers: Sequence[int] | Sequence[Sequence[int]] | None, rows: int) -> list[list[int]]:
-        """Who speaks in each row."""
-        everyone = list(range(len(self.sharers)))
-        if sharers is None:
-            return [everyone] * rows
-        per_row = [list(s) for s in sharers] if any(not isinstance(s, int) for s in sharers) else [list(sharers)] * rows  # type: ignore[arg-type]
-        if len(per_row) != rows or any(i not in everyone for who in per_row for i in who):
-            raise FuserMismatchError(
-                "sharers must be indices, for all conversations or one list per conversation",
-                got=sharers, allowed=f"indices {everyone}, {rows} lists",
-            )  # fmt: skip
-        return [sorted(set(who)) for who in per_row]  # type: ignore[arg-type]
-
-
-def _check(pair: C2C) -> None:
-    if len(pair.sharers) != len(pair.fusers):
-        raise FuserMismatchError("one fuser per sharer is needed", got=f"{len(pair.fusers)} for {len(pair.sharers)}")
-    for name, allowed in (("mode", get_args(FusionMode)), ("on_sharer_failure", get_args(SharerPolicy))):
-        if getattr(pair, name) not in allowed:
-            raise FuserMismatchError(f"unknown {name}", got=getattr(pair, name), allowed=", ".join(allowed))
-    for sharer, fuser in zip(pair.sharers, pair.fusers, strict=True):
-        fuser.check_pair(pair.receiver.card, sharer.card)
-    templates = {fuser.config.receiver_template for fuser in pair.fusers}
-    if len(templates) > 1:
-        raise FuserMismatchError("the fusers were trained with different receiver templates", got=templates)
 
 
 def _stops(prepared: Inputs, read: int) -> list[int]:

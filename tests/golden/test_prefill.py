@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cache2cache import C2C
-from cache2cache.inputs import from_ids
+from cache2cache.from_ids import from_ids
 from cache2cache.models import kv
 from cache2cache.types import Span
 
@@ -131,7 +131,7 @@ def test_two_sharers(spoken, tensors, receiver_of, sharer_of, fuser_of, close):
             if mask >> sharer & 1:
                 due[sharer, begin:end] = end
         begin = end
-    prepared = from_ids(ids, [ids, ids], c2c.fusers)
+    prepared = from_ids(ids, [ids, ids], c2c.receiver, c2c.sharers, c2c.fusers)
     parts = [replace(part, due=due[i : i + 1]) for i, part in enumerate(prepared.sharers)]
     prefill = c2c.read(replace(prepared, sharers=tuple(parts)))
     logits, cache = read_on(c2c, prefill, 11)

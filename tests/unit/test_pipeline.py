@@ -1,11 +1,12 @@
 """The request path on tiny random models: every way in, every option of generate, nothing depends on the batch."""
 
+import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextStreamer
 
 from cache2cache import C2C, Fuser
-from cache2cache.errors import AlignmentError, GenerationError, ModelError
+from cache2cache.errors import AlignmentError, FuserMismatchError, GenerationError, ModelError
 from cache2cache.models import kv
 from cache2cache.testing import FAMILIES, random_fuser, tiny_model, tiny_pair
 from cache2cache.types import Span
@@ -116,6 +117,15 @@ def test_the_receiver_alone_is_what_transformers_generates(pair):
         assert pair.generate(conversation, sharers=[], **GREEDY).ids == expected
 
 
+def test_a_model_comes_with_its_tokenizer(models):
+    receiver, _ = models
+    with pytest.raises(TypeError, match="without its tokenizer"):
+        C2C(receiver.model)
+    for wrong in ((receiver.tokenizer, receiver.model), (receiver.model,)):
+        with pytest.raises(TypeError, match=r"takes \(model, tokenizer\), got \("):
+            C2C(wrong)
+
+
 # --- what generate offers -----------------------------------------------------------------------------------------
 
 
@@ -212,9 +222,55 @@ def test_how_much_is_written_may_be_said_in_every_way(pair):
     limits = [{"max_new_tokens": 5}, {"max_length": prompt + 5}]
     for limit in (*limits, *({"generation_config": GenerationConfig(**limit)} for limit in limits)):
         assert len(pair.generate(CONVERSATIONS[1], do_sample=False, eos_token_id=-1, **limit).ids) == 5
-    for nothing in (0, -1):
-        with pytest.raises(GenerationError, match=f"max_new_tokens {nothing}; allowed: 1 or more"):
-            pair.generate(CONVERSATIONS[1], max_new_tokens=nothing)
+    for wrong in (0, -1, 2.5, float("nan"), "5"):
+        with pytest.raises(GenerationError, match=f"max_new_tokens {wrong!r}; allowed: an integer, 1 or more"):
+            pair.generate(CONVERSATIONS[1], max_new_tokens=wrong)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor, lambda end: [end], lambda end: torch.tensor([end])])
+def test_end_tokens_may_be_named_in_every_way(pair, kind):
+    free = pair.generate(CONVERSATIONS[1], **GREEDY, eos_token_id=None).ids
+    end = free[3]
+    assert pair.generate(CONVERSATIONS[1], **GREEDY, eos_token_id=kind(end)).ids == free[: free.index(end) + 1]
+
+
+def test_what_a_given_config_leaves_open_is_the_models_to_say(pair, monkeypatch):
+    defaults = pair.receiver.model.generation_config
+    free = pair.generate(CONVERSATIONS[1], **GREEDY, eos_token_id=None).ids
+    monkeypatch.setattr(defaults, "eos_token_id", [free[3]])
+    expected = free[: free.index(free[3]) + 1]
+    assert pair.generate(CONVERSATIONS[1], generation_config=GenerationConfig(**GREEDY)).ids == expected
+    monkeypatch.setattr(defaults, "num_beams", 3)
+    beams = pair.generate(CONVERSATIONS[:2], num_beams=3, **GREEDY)
+    assert ids(pair.generate(CONVERSATIONS[:2], generation_config=GenerationConfig(**GREEDY))) == ids(beams)
+
+
+def test_a_row_that_ends_before_others_of_its_batch_is_as_alone(pair, monkeypatch):
+    """Whatever the padding is, and whatever ended it."""
+    free = [pair.generate(c, **GREEDY, eos_token_id=None) for c in CONVERSATIONS[:2]]
+    stop, first = free[0].text[:3], free[0].ids[1]
+
+    class Second(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == first
+
+    ends = {"stop_strings": [stop]}, {"stopping_criteria": [Second()]}, {"stop_strings": [stop], "num_beams": 2}
+    for pad, end in ((1, 0), (5, 5), (5, None)):
+        monkeypatch.setattr(pair.receiver.model.generation_config, "pad_token_id", pad)
+        for by in ends[: 2 if pad == end else 3]:  # beams may have written the end token that fills them up
+            options = {**GREEDY, **by, "eos_token_id": end}
+            alone = [pair.generate(c, **options) for c in CONVERSATIONS[:2]]
+            batch = pair.generate(CONVERSATIONS[:2], **options)
+            assert ids(batch) == ids(alone) and [g.text for g in batch] == [g.text for g in alone]
+            assert [g.counts.generated for g in batch] == [len(g.ids) for g in alone]
+            assert "num_beams" in by or len(alone[0].ids) < len(free[0].ids)
+
+
+def test_what_generate_refuses_leaves_a_prefill_as_it_was(pair):
+    prefill = pair.prefill(CONVERSATIONS[0])
+    with pytest.raises(ValueError):
+        pair.decode(prefill, num_return_sequences=3, **GREEDY)
+    assert pair.decode(prefill, **GREEDY)[0].ids == pair.generate(CONVERSATIONS[0], **GREEDY).ids
 
 
 def test_a_prefill_is_decoded_once(pair):
@@ -279,6 +335,42 @@ def test_fuse_last_leaves_the_rest_alone(models):
     assert changed.tolist() == [False] * (len(changed) - 4) + [True] * 4
 
 
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (torch.arange(5), r"torch.int64 \(5,\)"), (torch.zeros((0, 5), dtype=torch.long), r"torch.int64 \(0, 5\)"),
+        (torch.zeros((1, 0), dtype=torch.long), r"torch.int64 \(1, 0\)"), (torch.zeros(1, 3), r"torch.float32 \(1, 3\)"),
+        ([[1, 2]], "list"),
+    ],
+)  # fmt: skip
+def test_what_is_no_batch_of_ids_is_refused(pair, wrong, got):
+    with pytest.raises(AlignmentError, match=f"receiver_ids is no batch of token ids; got {got}; allowed"):
+        pair.prefill(receiver_ids=wrong, sharers=[])
+    with pytest.raises(AlignmentError, match=rf"sharer_ids\[0\] is no batch of token ids; got {got}; allowed"):
+        pair.prefill(receiver_ids=torch.arange(5)[None], sharer_ids=[wrong])
+
+
+@pytest.mark.parametrize("unknown", [99_999, -1])
+def test_ids_that_a_model_does_not_have_are_refused(pair, unknown):
+    known, other = torch.arange(4)[None], torch.tensor([[1, 2, unknown, 4]])
+    for options in ({"receiver_ids": other, "sharer_ids": [known]}, {"receiver_ids": known, "sharer_ids": [other]}):
+        with pytest.raises(AlignmentError, match=f"token ids that it does not have; got {unknown}; allowed: 0–"):
+            pair.prefill(**options)
+
+
+def test_a_tokenizer_that_knows_more_than_its_model(models):
+    """Padding is masked, so any id will do; a token of a text is not."""
+    receiver, sharer = tiny_model("qwen3"), models[1]
+    plain = C2C(receiver).generate(CONVERSATIONS[:2], **GREEDY)
+    receiver.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    receiver.model.generation_config.pad_token_id = receiver.tokenizer.pad_token_id
+    receiver.tokenizer.add_tokens(["<image>"])
+    assert ids(C2C(receiver).generate(CONVERSATIONS[:2], **GREEDY)) == ids(plain)
+    for c2c in (C2C(receiver), C2C(sharer, [receiver], [random_fuser(sharer, receiver)])):
+        with pytest.raises(AlignmentError, match="does not have.*resize_token_embeddings"):
+            c2c.generate([{"role": "user", "content": "see <image>"}], **GREEDY)
+
+
 # --- several sharers ----------------------------------------------------------------------------------------------
 
 
@@ -290,6 +382,22 @@ def test_who_speaks_is_chosen_per_request_and_per_row(trio):
     assert len({tuple(answer) for answer in one}) == 4
     counts = [g.counts.sharer_prompt for g in trio.generate(CONVERSATIONS[:4], sharers=who, **GREEDY)]
     assert [len(c) for c in counts] == [1, 1, 2, 0]
+
+
+@pytest.mark.parametrize("wrong", [0, np.array([0]), [None], [[0], 0], [2], [-1], [[0]], "0"])
+def test_sharers_are_indices(trio, wrong):
+    with pytest.raises(FuserMismatchError, match="sharers must be indices"):
+        trio.generate(CONVERSATIONS[:2], sharers=wrong)
+
+
+def test_sharers_that_are_fused_at_different_places_are_chained(trio):
+    """In parallel the second one would be given what the first one had changed."""
+    receiver, (first, second) = trio.receiver, trio.sharers
+    by_message = random_fuser(receiver, first, alignment="retokenise-first")
+    at_the_end = random_fuser(receiver, second, seed=2)
+    with pytest.raises(FuserMismatchError, match='got retokenise-first, native; .*mode="sequential"'):
+        C2C(receiver, [first, second], [by_message, at_the_end])
+    assert C2C(receiver, [first, second], [by_message, at_the_end], mode="sequential").generate(CONVERSATIONS[0])
 
 
 def test_parallel_adds_deltas_and_sequential_chains_them(trio):

@@ -92,7 +92,7 @@ def _made(one: Asked, of: Ingredients, receiver: Alone, alone: System, sharers: 
             yield TextToText(one.name, receiver, pair.sharers, ask_all, of.message_tokens)
         case "routing":
             embed = Embedder(C2C(pair.receiver), prefills)
-            yield Routing(one.name, of.routers, embed, alone, sharers[0])
+            yield Routing(one.name, of.routers, embed, alone, sharers[0], of.receiver_forms)
         case "c2c":
             yield fused(Own(pair, prefills))
             if len(pair.sharers) > 1:

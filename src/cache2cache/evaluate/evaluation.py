@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import sys
 import time
@@ -19,6 +18,7 @@ from cache2cache.errors import DataError
 from cache2cache.evaluate import folder, names, report, tasks
 from cache2cache.evaluate.build import Ingredients, Systems, build, numbered
 from cache2cache.evaluate.heard import sharer_statistics
+from cache2cache.evaluate.identity import identity_of
 from cache2cache.evaluate.items import Item
 from cache2cache.evaluate.latency import measure_latency
 from cache2cache.evaluate.names import Asked
@@ -33,7 +33,7 @@ from cache2cache.evaluate.settings import Machine, Settings
 from cache2cache.evaluate.summary import TaskInfo, summarise
 from cache2cache.evaluate.tasks.base import Loaded, Split, Task
 from cache2cache.evaluate.tasks.load import load
-from cache2cache.fuser.base import Fuser
+from cache2cache.loading import ADDRESSES
 from cache2cache.pipeline import C2C
 
 
@@ -56,7 +56,7 @@ def evaluate(
     loaded = {name: _load(task, "test", limit, settings, machine) for name, (task, limit) in chosen.items()}
     items = {name: _asked_for(rows.items, settings.answer_tokens) for name, rows in loaded.items()}
     pair = _pair(settings, machine)
-    identity = _identity(settings, pair, asked, loaded)
+    identity = identity_of(settings, pair, asked, loaded)
     prefills = Prefills(machine.prefills)
     prefills.open([pair.receiver, *pair.sharers])
     with folder.held(out, identity):
@@ -105,41 +105,12 @@ def _tasks(settings: Settings) -> dict[str, tuple[Task, int | None]]:
     return chosen
 
 
-def _identity(settings: Settings, pair: C2C, asked: Sequence[Asked], loaded: Mapping[str, Loaded]) -> dict[str, Any]:
-    """What must not change when a run goes on. Systems may be added, and asked more rows.
-
-    Fusers and rows are known by what they hold, so that a fuser that was trained again, or a file that was edited, is noticed.
-    """
-    return {
-        **settings.model_dump(mode="json", exclude={"systems", "controls", "tasks", "limit", "latency_rows"}),
-        "models": [
-            lm.card.model_dump(mode="json", include={"id", "revision", "tokenizer"})
-            for lm in (pair.receiver, *pair.sharers)
-        ],
-        "weights": [_weights(fuser) for fuser in pair.fusers],
-        "tasks": {
-            name: {"source": x.source, "rows": len(x.items), "digest": _digest(x.items)} for name, x in loaded.items()
-        },
-        "systems": {
-            one.name: {"fuser": one.fuser, "weights": one.fuser and _weights(Fuser.from_pretrained(one.fuser))}
-            for one in asked
-        },
-    }
-
-
-def _weights(fuser: Fuser) -> str:
-    digest = hashlib.sha256(fuser.config.model_dump_json().encode())
-    for name, tensor in sorted(fuser.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest(items: Sequence[Item]) -> str:
-    return hashlib.sha256("\n".join(map(repr, items)).encode()).hexdigest()[:16]
-
-
 def _pair(settings: Settings, machine: Machine) -> C2C:
+    if elsewhere := [sharer for sharer in settings.sharers if sharer.startswith(ADDRESSES)]:
+        raise DataError(
+            "an evaluation asks the sharer alone, too, and keeps what it has read, so it needs the sharer's weights",
+            got=", ".join(elsewhere), hint="Give the model's name; `c2c serve` listens to sharers elsewhere",
+        )  # fmt: skip
     return C2C.from_pretrained(
         settings.receiver, settings.sharers, settings.fusers, device=machine.device, mode=settings.mode,
         sharer_device=machine.sharer_device, dtype=settings.dtype, trust_remote_code=machine.trust_remote_code,

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache2cache.errors import DataError
 from cache2cache.evaluate import folder
 from cache2cache.evaluate.build import numbered
-from cache2cache.evaluate.forms import kind_of
+from cache2cache.evaluate.forms import candidates, kind_of, named
 from cache2cache.evaluate.items import Item
 from cache2cache.evaluate.prefills import Prefills
 from cache2cache.evaluate.routing import Embedder, Router
@@ -63,8 +64,11 @@ def decide(
         routed_share: None if nothing is routed.
 
     Raises:
-        DataError: an unknown form, or a router without anything to learn.
+        DataError: a form that is unknown or that a task cannot be asked in, or a router without anything to learn.
     """
+    for role, form in given.items():
+        if form is not None:
+            _check(form, role, tasks)
     models = {"receiver": pair.receiver} | {numbered("sharer", i): lm for i, lm in enumerate(pair.sharers)}
     kinds = sorted({kind_of(items[0]) for items in tasks.values()})
     decisions = _kept(out) or Decisions({}, {})
@@ -85,6 +89,16 @@ def decide(
     if choosing or routing:
         _keep(out, decisions)
     return decisions
+
+
+def _check(form: str, role: str, tasks: Mapping[str, Sequence[Item]]) -> None:
+    for task, items in tasks.items():
+        possible = candidates(items)
+        if named(form) not in possible:
+            raise DataError(
+                f"{task} cannot be asked in the {role}'s form", got=form,
+                allowed=", ".join(one.name for one in possible), hint=f"Evaluate it without --{role}-form, or by itself",
+            )  # fmt: skip
 
 
 def _kept(out: Path) -> Decisions | None:

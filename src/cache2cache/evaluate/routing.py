@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +13,16 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from cache2cache.errors import DataError
-from cache2cache.evaluate.forms import kind_of
+from cache2cache.evaluate.forms import Form, kind_of
 from cache2cache.evaluate.items import Answer, Item, System
 from cache2cache.evaluate.prefills import Prefills
 from cache2cache.pipeline import C2C
 from cache2cache.types import Timings
 
 DEFAULT_SHARE = 0.5
+
+EMBEDDED = "chat"
+"""The form in which the receiver reads a question to embed it."""
 
 
 class Embedder:
@@ -27,12 +31,14 @@ class Embedder:
     def __init__(self, receiver: C2C, prefills: Prefills):
         self._receiver, self._prefills = receiver, prefills
 
-    def __call__(self, items: Sequence[Item]) -> np.ndarray:
-        """(rows, L · H · D) float32."""
-        rows = self._receiver.rows([item.messages for item in items])
+    def __call__(self, items: Sequence[Item], timings: Timings | None = None) -> tuple[np.ndarray, list[int]]:
+        """(rows, L · H · D) float32, and how many tokens were read of each."""
+        timings = timings or Timings()
+        rows = self._receiver.rows([item.messages for item in items], timings=timings)
         prompts = [row.ids[:-1] for row in rows]
-        caches = self._prefills.caches(self._receiver.receiver, prompts, Timings(), "receiver_prefill")
-        return np.stack([cache[1].float().mean(2).flatten().numpy() for cache in caches])
+        caches = self._prefills.caches(self._receiver.receiver, prompts, timings, "receiver_prefill")
+        embedded = np.stack([cache[1].float().mean(2).flatten().numpy() for cache in caches])
+        return embedded, [len(prompt) for prompt in prompts]
 
 
 @dataclass(frozen=True)
@@ -126,20 +132,46 @@ class Routing:
     """A router before the two models alone.
 
     Args:
-        router: one per kind of item, "choice" and "text".
+        routers: one per kind of item, "choice" and "text".
+        forms: in which the receiver is asked when it answers.
     """
 
-    def __init__(self, name: str, routers: Mapping[str, Router], embed: Embedder, receiver: System, sharer: System):
+    def __init__(
+        self,
+        name: str,
+        routers: Mapping[str, Router],
+        embed: Embedder,
+        receiver: System,
+        sharer: System,
+        forms: Mapping[str, Form],
+    ):
         self.name = name
-        self._routers, self._embed = routers, embed
+        self._routers, self._embed, self._forms = routers, embed, forms
         self._models = {"receiver": receiver, "sharer": sharer}
 
     def answer(self, items: Sequence[Item]) -> list[Answer]:
-        """See `System`."""
-        routes = [
-            "sharer" if to_sharer else "receiver"
-            for to_sharer in self._routers[kind_of(items[0])].to_sharer(self._embed(items))
-        ]
+        """See `System`. What deciding takes is counted beside what the chosen model takes."""
+        start, timings = time.perf_counter(), Timings()
+        embedded, read = self._embed(items, timings)
+        kind = kind_of(items[0])
+        to_sharer = self._routers[kind].to_sharer(embedded)
+        seconds = time.perf_counter() - start
+        routes = ["sharer" if there else "receiver" for there in to_sharer]
         # Each model is asked the whole batch, as where it answers for itself: what else is in a batch moves its rounding.
         found = {name: self._models[name].answer(items) for name in sorted(set(routes))}
-        return [replace(found[route][row], route=route) for row, route in enumerate(routes)]
+        known = {"sharer": False, "receiver": self._forms[kind].name == EMBEDDED}  # then the prompt is not read again
+        return [
+            _decided(replace(found[route][row], route=route), timings, seconds, 0 if known[route] else read[row])
+            for row, route in enumerate(routes)
+        ]
+
+
+def _decided(answer: Answer, timings: Timings, seconds: float, read: int) -> Answer:
+    """An answer with what it took to decide who gives it.
+
+    Args:
+        read: tokens that the receiver read only for that.
+    """
+    stages = {stage: spent + getattr(answer.timings, stage) for stage, spent in vars(timings).items()}
+    cost = replace(answer.cost, receiver_read=answer.cost.receiver_read + read)
+    return replace(answer, timings=Timings(**stages), seconds=seconds + answer.seconds, cost=cost)

@@ -14,7 +14,7 @@ from cache2cache.decoding import end_tokens
 from cache2cache.errors import ModelError
 from cache2cache.evaluate.items import Answer, Cost, Item
 from cache2cache.models import kv
-from cache2cache.models.load import LanguageModel, pad_id
+from cache2cache.models.load import LanguageModel
 from cache2cache.pipeline import C2C, Prefill
 from cache2cache.text.continuation import continued
 from cache2cache.types import clock
@@ -45,21 +45,21 @@ def answers(pair: C2C, prefill: Prefill, items: Sequence[Item], unit: PreTrained
 
 def _with_text(pair: C2C, prefill: Prefill, items: Sequence[Item], found: Sequence[Answer]) -> list[Answer]:
     """Greedy answers, and the log-probabilities of the letters at their first position."""
-    limit, one_line = items[0].max_new_tokens, items[0].one_line
+    limit = items[0].max_new_tokens
     options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": limit}
-    ends = Ends(one_line, items[0].letters)
+    ends = [Ends(item.one_line, item.letters) for item in items]
     criterion = Complete(pair.receiver.tokenizer, prefill.ids.shape[1], ends)
     options["stopping_criteria"] = StoppingCriteriaList([criterion])
     written = pair.decode(prefill, return_dict_in_generate=True, output_logits=True, **options)
     logits = written[0].raw.logits[0].float()  # (B, V)
     out = []
-    for row, (item, answer, new) in enumerate(zip(items, found, written, strict=True)):
-        text, ids = new.text, without_padding(new.ids, pad_id(pair.receiver))
+    for row, (item, answer, new, end) in enumerate(zip(items, found, written, ends, strict=True)):
+        text, ids = new.text, new.ids
         out.append(
             replace(
                 answer,
-                text=ends.answer(text),
-                ended=len(ids) < limit or ends.complete(text) or ends_turn(pair.receiver, ids),
+                text=end.answer(text),
+                ended=len(ids) < limit or end.complete(text) or ends_turn(pair.receiver, ids),
                 letter_logprobs=letter_logprobs(pair.receiver, logits[row], item.letters) if item.letters else (),
                 cost=replace(answer.cost, receiver_wrote=len(ids)),
             )
@@ -169,19 +169,13 @@ class Complete(StoppingCriteria):
     tokenizer: PreTrainedTokenizerBase
     prompt: int
     """Columns of the prompt."""
-    ends: Ends
+    ends: Sequence[Ends]
+    """One per row."""
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
-        return torch.tensor([self.ends.complete(text) for text in texts], device=input_ids.device)
-
-
-def without_padding(ids: Sequence[int], pad: int) -> list[int]:
-    """Tokens without the padding that fills a row which ended before the others of its batch."""
-    ids = list(ids)
-    while ids and ids[-1] == pad:
-        ids.pop()
-    return ids
+        done = [end.complete(text) for end, text in zip(self.ends, texts, strict=True)]
+        return torch.tensor(done, device=input_ids.device)
 
 
 def ends_turn(lm: LanguageModel, ids: Sequence[int]) -> bool:

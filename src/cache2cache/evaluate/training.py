@@ -106,7 +106,7 @@ def train_router(
     items = items[:ROUTER_ROWS]
     embedded = []
     for at in range(0, len(items), _BATCH):
-        embedded.append(embed(items[at : at + _BATCH]))
+        embedded.append(embed(items[at : at + _BATCH])[0])
         prefills.clear()
     ours, theirs = (served(model, items, prefills) for model in (receiver, sharer))
     return Router.fit(np.concatenate(embedded), ours.tolist(), theirs.tolist(), share)

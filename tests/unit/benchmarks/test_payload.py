@@ -15,10 +15,12 @@ from payload_tampering import KEY, tamper
 from payload_transfer import transfers
 
 from cache2cache import C2C
+from cache2cache.errors import DataError
 from cache2cache.evaluate.prefills import Prefills
 from cache2cache.evaluate.schema import RowRecord
 from cache2cache.fuser.base import Fuser
 from cache2cache.models.load import LanguageModel
+from cache2cache.testing import random_fuser
 from cache2cache.types import Timings
 
 QUESTIONS = ["What is the answer?", "the question and the letter", "12 == 12"]
@@ -92,9 +94,9 @@ def test_rows_are_asked_in_every_precision(tiny: C2C, tmp_path: Path):
     ]
     data.write_text("\n".join(map(json.dumps, questions)))
 
-    def ask() -> dict:
+    def ask(pair: C2C = tiny) -> dict:
         return loss(
-            tiny, ["float32", "int4"], [str(data)], tmp_path / "rows",
+            pair, ["float32", "int4"], [str(data)], tmp_path / "rows",
             data_dir=None, limit=None, batch_size=2, prefills=None,
         )  # fmt: skip
 
@@ -108,6 +110,9 @@ def test_rows_are_asked_in_every_precision(tiny: C2C, tmp_path: Path):
     assert ask() == found
     assert (tmp_path / "rows" / "rows.jsonl").read_text() == written
     assert "nats of the right answer" in markdown({"loss": found})
+    other = C2C(tiny.receiver, tiny.sharers, [random_fuser(tiny.receiver, tiny.sharers[0], seed=9)])  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="fusers was"):
+        ask(other)
 
 
 def test_differences_are_paired():

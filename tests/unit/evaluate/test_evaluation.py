@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cache2cache.errors import DataError
 from cache2cache.evaluate import evaluation
@@ -202,6 +203,22 @@ def test_an_unknown_form_is_refused(pair, data, tmp_path, form):
         evaluate(settings(pair, data, receiver_form=form), tmp_path / "run", Machine(batch_size=3, data_dir=data))
 
 
+@pytest.mark.parametrize("form", ["quiz", "chat-paper"])
+@pytest.mark.parametrize("role", ["receiver", "sharer"])
+def test_a_form_that_a_task_cannot_be_asked_in_is_told_before_a_row_is_asked(pair, data, tmp_path, form, role):
+    chosen = settings(pair, data, tasks=("arc-easy", str(data / "talks.jsonl")), **{f"{role}_form": form})
+    with pytest.raises(
+        DataError, match=f"talks cannot be asked in the {role}'s form; got {form}; allowed: chat, completion"
+    ):
+        evaluate(chosen, tmp_path / "run", Machine(batch_size=3, data_dir=data))
+    assert not (tmp_path / "run" / "rows.jsonl").exists()
+
+
+def test_a_sharer_elsewhere_is_refused_before_it_is_asked(pair, data, tmp_path):
+    with pytest.raises(DataError, match="needs the sharer's weights"):
+        evaluate(settings(pair, data, sharers=("http://127.0.0.1:9",)), tmp_path / "run", Machine(data_dir=data))
+
+
 def test_a_run_that_failed_before_its_first_row_leaves_its_folder_free(pair, data, tmp_path):
     """Also where forms were chosen already, for a model that is not asked now."""
     machine, out = Machine(data_dir=data), tmp_path / "out"
@@ -224,13 +241,14 @@ def test_prefills_that_cannot_be_kept_are_told_before_a_row_is_asked(pair, data,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_fuser_that_was_trained_again_and_rows_that_were_edited_are_noticed(pair, data, tmp_path):
+def test_weights_that_were_trained_again_and_rows_that_were_edited_are_noticed(pair, data, tmp_path):
     """Under the same names, they would otherwise be mixed with what was answered before."""
-    fuser, questions = tmp_path / "fuser", tmp_path / "mine.jsonl"
+    fuser, model, questions = tmp_path / "fuser", tmp_path / "model", tmp_path / "mine.jsonl"
     shutil.copytree(pair / "fuser", fuser)
+    shutil.copytree(pair / "tiny-receiver", model)
     shutil.copy(data / "talks.jsonl", questions)
     chosen = settings(
-        pair, data, fusers=(str(fuser),), tasks=(str(questions),), systems="receiver", controls="",
+        pair, data, receiver=str(model), fusers=(str(fuser),), tasks=(str(questions),), systems="receiver", controls="",
         sharer_form="completion", latency_rows=0,
     )  # fmt: skip
     evaluate(chosen, tmp_path / "run", Machine(batch_size=3))
@@ -239,6 +257,12 @@ def test_a_fuser_that_was_trained_again_and_rows_that_were_edited_are_noticed(pa
     with pytest.raises(DataError, match=r"tasks\.mine\.digest was"):
         evaluate(chosen, tmp_path / "run", Machine(batch_size=3))
     questions.write_text(original)
+    weights = load_file(model / "model.safetensors")
+    trained = {name: weight + 0.01 for name, weight in weights.items()}
+    save_file(trained, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match="models was"):
+        evaluate(chosen, tmp_path / "run", Machine(batch_size=3))
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     receiver, sharer = tiny_pair()
     shutil.rmtree(fuser)
     random_fuser(receiver, sharer, seed=7, fuse_last=8).save_pretrained(fuser)

@@ -1,5 +1,6 @@
 """The systems and controls: each answers from what it should have read, and from nothing else."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from cache2cache.evaluate.heard import Mismatched, Own, Replaced, sharer_statist
 from cache2cache.evaluate.items import Item
 from cache2cache.evaluate.prefills import Prefills
 from cache2cache.evaluate.routing import Router
+from cache2cache.models.prefills import prefill_rows
 from cache2cache.testing import random_fuser, tiny_model, tiny_pair
 
 RECEIVER, SHARER = tiny_pair()
@@ -234,6 +236,31 @@ def test_where_an_answer_ends(ends, text, answer, complete):
     assert (ends.answer(text), ends.complete(text)) == (answer, complete)
 
 
+def test_a_row_ends_where_it_would_alone_whatever_options_its_neighbours_have():
+    lm = tiny_model("qwen3")
+    writes = lm.tokenizer("D. d. Answer: B", add_special_tokens=False)["input_ids"]
+
+    def always(self, prefill, **options):
+        def scores(ids, scores):
+            at = ids.shape[1] - prefill.ids.shape[1]
+            forced = torch.full_like(scores, -1e9)
+            forced[:, writes[at] if at < len(writes) else lm.tokenizer.eos_token_id] = 0
+            return forced
+
+        return C2C.decode(self, prefill, logits_processor=[scores], **options)
+
+    of = C2C(lm)
+    of.decode = always.__get__(of)  # type: ignore[method-assign]
+    items = [choice(0, letters="ABC", max_new_tokens=16), choice(1, max_new_tokens=16)]
+
+    def asked(items):
+        return scoring.answers(of, of.read(of.prepare([item.messages for item in items])), items, lm.tokenizer)
+
+    (by_itself,), (_, behind) = asked(items[1:]), asked(items)
+    assert (behind.text, behind.cost.receiver_wrote) == (by_itself.text, by_itself.cost.receiver_wrote)
+    assert by_itself.text == "D."
+
+
 def test_an_answer_that_runs_into_the_limit_is_marked():
     (answer,) = alone().answer([choice(0, max_new_tokens=2, one_line=False)])
     assert answer.cost.receiver_wrote == 2
@@ -303,6 +330,34 @@ def test_routing_answers_as_the_model_that_it_chose():
     receiver, sharer, routed = (system.answer(ITEMS) for system in made.by_name.values())
     assert [answer.route for answer in routed] == ["receiver", "sharer", "receiver", "sharer"]
     assert [a.text for a in routed] == [(sharer if i % 2 else receiver)[i].text for i in range(4)]
+
+
+@pytest.mark.parametrize("form", ["chat", "completion"])
+@pytest.mark.parametrize("to_sharer", [False, True])
+def test_routing_counts_what_it_takes_to_decide(to_sharer, form, monkeypatch):
+    class All:
+        def to_sharer(self, embedded):
+            return [to_sharer] * len(embedded)
+
+    def slow(*args):
+        time.sleep(0.2)
+        return prefill_rows(*args)
+
+    monkeypatch.setattr("cache2cache.evaluate.prefills.prefill_rows", slow)
+    forms = {"choice": FORMS[form]}
+    of = build.Ingredients(pair(), Prefills(), forms, [forms], routers={"choice": All()})  # type: ignore[dict-item]
+    made = build.build(of, names.parse("receiver,sharer,routing"))
+    found = {}
+    for name, system in made.by_name.items():
+        (found[name],) = system.answer(ITEMS[:1])
+        made.clear()
+    routed, chosen = found["routing"], found["sharer" if to_sharer else "receiver"]
+    read_twice = to_sharer or form == "completion"
+    assert routed.timings.receiver_prefill > 0.2
+    assert routed.seconds > (0.4 if read_twice else 0.2)
+    assert routed.cost.sharer_read == chosen.cost.sharer_read
+    to_decide = len(C2C(RECEIVER).rows([ITEMS[0].messages])[0].ids) - 1
+    assert routed.cost.receiver_read == chosen.cost.receiver_read + (to_decide if read_twice else 0)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------

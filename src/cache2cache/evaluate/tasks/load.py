@@ -17,7 +17,9 @@ from cache2cache.evaluate.tasks.base import File, Loaded, Source, Split, Task
 def load(
     task: Task, *, split: Split = "test", data_dir: Path | None = None, limit: int | None = None, seed: int | None = 0
 ) -> Loaded:
-    """The rows of a split in an order drawn by the seed, all of them or the first `limit`.
+    """The rows of a split in an order drawn by the seed, all of them or a sample of `limit`.
+
+    Another limit may draw other rows, not only fewer or more of the same.
 
     Every row is checked, those too that the sample leaves out. Rows without an id get their line's number (on the hub
     with several configs: config and number). Exact duplicates that a set is published with stay, as every published number
