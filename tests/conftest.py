@@ -13,10 +13,12 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from cache2cache.fuser.base import Fuser
 from cache2cache.models.load import LanguageModel
-from cache2cache.testing import random_fuser, tiny_pair
+from cache2cache.testing import CHATML, random_fuser, tiny_pair
 
 # Deadlines measure the machine's load, not the code; derandomized, a failure on one machine is one on all.
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
@@ -72,3 +74,24 @@ def sharer(pair: tuple[LanguageModel, LanguageModel]) -> LanguageModel:
 def fuser(pair: tuple[LanguageModel, LanguageModel]) -> Fuser:
     """A compact fuser of the pair with random weights and open gates. Shared: do not change it."""
     return random_fuser(*pair)
+
+
+@pytest.fixture(scope="session")
+def spaced_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 2's: words begin with a space, which the first of a text loses; other characters are bytes."""
+    tokens = ["<unk>", "<s>", "</s>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [*map(chr, range(33, 127)), "aa", "bb", "cc", "▁aa", "▁bb", "▁cc"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [pair for letter in "abc" for pair in ((letter, letter), ("▁", letter * 2))]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fallback = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*fallback, decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=CHATML,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )

@@ -110,7 +110,7 @@ def decoding_of(lm: LanguageModel, prompt: int, kwargs: dict[str, Any]) -> Decod
     if new is None and asked("max_length") is None:
         room = (lm.card.geometry.max_positions or prompt + DEFAULT_NEW_TOKENS) - prompt
         new = options["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, room))
-    inputs.check_length(lm, prompt, new or max(asked("max_length") - prompt, 0))
+    inputs.check_length(lm, prompt, int(new or 0) or max(asked("max_length") - prompt, 0))
     pad, vocabulary = chosen("pad_token_id"), lm.card.geometry.vocab_size
     if pad is None or (vocabulary and pad >= vocabulary):
         pad = options["pad_token_id"] = pad_id(lm)

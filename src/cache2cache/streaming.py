@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
+from cache2cache.errors import GenerationError
+from cache2cache.text.detokenise import Detokeniser
 from cache2cache.types import Generation
 
 if TYPE_CHECKING:
@@ -25,24 +29,49 @@ class _Stopped(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
+class _Pieces(BaseStreamer):
+    """What `generate` writes, as text. Its own streamer decodes each line by itself, which loses spaces."""
+
+    def __init__(self, detokeniser: Detokeniser):
+        self.arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        """Pieces, and None once there will be no more."""
+        self._detokeniser = detokeniser
+        self._prompt_is_next = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompts, and then with each row's next token."""
+        if len(value) > 1:
+            raise GenerationError(
+                "only one answer can be streamed", got=len(value), hint="Leave num_return_sequences out"
+            )
+        if not self._prompt_is_next:
+            self.arrived.put(self._detokeniser.add(int(value)))
+        self._prompt_is_next = False
+
+    def end(self) -> None:
+        """Called after the last token."""
+        self.arrived.put(self._detokeniser.end())
+
+
 def stream(pair: C2C, prefill: Prefill, **generate_kwargs: Any) -> Generator[str, None, Generation]:
     """Yield text as it is written; return the whole answer. Closing the generator ends the decoding."""
-    streamer = TextIteratorStreamer(pair.receiver.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    pieces = _Pieces(Detokeniser(pair.receiver.tokenizer))  # type: ignore[arg-type]
     stopped = _Stopped()
     criteria = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", []), stopped])
     outcome: list[Generation | BaseException] = []
 
     def work() -> None:
         try:
-            outcome.extend(pair.decode(prefill, streamer=streamer, stopping_criteria=criteria, **generate_kwargs))
+            outcome.extend(pair.decode(prefill, streamer=pieces, stopping_criteria=criteria, **generate_kwargs))
         except BaseException as error:  # handed to the reader below, whatever it is
             outcome.append(error)
-            streamer.end()
+        finally:
+            pieces.arrived.put(None)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        yield from (piece for piece in iter(pieces.arrived.get, None) if piece)
     finally:
         stopped.event.set()
         thread.join()

@@ -12,9 +12,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypedDict
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from cache2cache.errors import ModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +32,19 @@ class Message(TypedDict):
 
 
 Conversation = Sequence[Message]
+
+TEMPLATE_NAMES = ("plain", "completion")
+"""Templates that any model can be given by name; `text/chat.py` has their Jinja text."""
+
+
+def _check_template(template: str) -> str:
+    if template not in TEMPLATE_NAMES and "{{" not in template and "{%" not in template:
+        raise ValueError(f"{template!r} is no template; allowed: {', '.join(TEMPLATE_NAMES)}, Jinja text")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_check_template)]
+"""One of `TEMPLATE_NAMES`, or Jinja text."""
 
 SharerPolicy = Literal["fail", "receiver-alone"]
 """When a sharer that runs as a service fails: the request fails with it, or the receiver answers without that sharer and
@@ -70,10 +85,10 @@ class Geometry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layers: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int | None
+    layers: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    vocab_size: int | None = Field(gt=0)
     max_positions: int | None
     """Longest context, None if the config does not say."""
     ropes: tuple[Rope, ...] = ()
@@ -81,6 +96,16 @@ class Geometry(BaseModel):
     rope_of_layer: tuple[int, ...] = ()
     """Index into `ropes` for each layer; empty if keys cannot be un-rotated, and then `rope_problem` says why."""
     rope_problem: str | None = None
+
+    @model_validator(mode="after")
+    def _every_layer_has_a_rope(self) -> Self:
+        # The messages show none of the values: a remote sharer's may be as long as it likes.
+        entries, kinds = len(self.rope_of_layer), len(self.ropes)
+        if entries not in (0, self.layers):
+            raise ValueError(f"rope_of_layer has {entries} entries, which is not one per layer")
+        if not all(0 <= kind < kinds for kind in self.rope_of_layer):
+            raise ValueError(f"rope_of_layer names ropes that are not there; there are {kinds}")
+        return self
 
     @property
     def features(self) -> int:
@@ -169,3 +194,17 @@ class Generation:
     """What `transformers.generate` returned for the batch."""
     degraded: Mapping[int, str] = field(default_factory=dict)
     """Sharers that should have spoken and could not, and why; always empty under the policy "fail"."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16` by name.
+
+    Raises:
+        ModelError: any other name.
+    """
+    import torch
+
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
+    if dtype is None:
+        raise ModelError("unknown dtype", got=name, allowed="auto, float32, bfloat16, float16")
+    return dtype

@@ -204,6 +204,6 @@ def _device_rows(devices: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if devices.get("mps"):
         rows.append(("mps", "Apple GPU"))
-    if len(rows) == 1:
+    elif not devices["cuda"] and "mps" in devices:  # a broken torch knows of none
         rows.append(("gpu", "none"))
     return rows

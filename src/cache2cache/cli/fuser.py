@@ -54,6 +54,7 @@ def convert(
     from cache2cache.fuser.hub import locate
     from cache2cache.fuser.store import load_fuser, save_fuser
 
+    destination = destination.expanduser()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FuserFormatError("the destination is not empty", got=destination, hint="Name a new folder")
     folder = locate(source, revision)

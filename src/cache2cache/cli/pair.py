@@ -132,7 +132,7 @@ class Elsewhere:
             typer.BadParameter: options for sharers elsewhere, and there is none.
             RequestError: a secret that cannot be used.
         """
-        if not any(name.startswith(("http://", "https://")) for name in sharers):
+        if not any(map(_elsewhere, sharers)):
             if self != Elsewhere():
                 raise typer.BadParameter(
                     "--sharer-token-file, --sharer-key-file, --sharer-precision, --sharer-timeout and "
@@ -197,13 +197,19 @@ def complete(
             raise typer.BadParameter("--no-sharer goes with neither --sharer nor --fuser")
         return [], []
     sharers = sharers or [DEMO_SHARER]
-    if not fusers and (receiver, sharers) == (DEMO_RECEIVER, [DEMO_SHARER]):
+    # What a sharer elsewhere is, it says itself; the demo's fuser then refuses any but the demo's.
+    demo_sharer = len(sharers) == 1 and (sharers[0] == DEMO_SHARER or _elsewhere(sharers[0]))
+    if not fusers and receiver == DEMO_RECEIVER and demo_sharer:
         fusers = [DEMO_FUSER]
     if len(fusers or ()) != len(sharers):
         raise typer.BadParameter(
             f"{receiver} ← {', '.join(sharers)} needs one --fuser per sharer, got {len(fusers or ())}"
         )
     return sharers, fusers or []
+
+
+def _elsewhere(sharer: str) -> bool:
+    return sharer.startswith(("http://", "https://"))
 
 
 def check_device(name: str) -> None:

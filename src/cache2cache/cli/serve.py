@@ -74,7 +74,12 @@ def serve(
         ),
     ] = None,
     max_choices: Annotated[
-        int, typer.Option(min=1, help="Most answers that one request may ask for.", rich_help_panel=_LOAD)
+        int,
+        typer.Option(
+            min=1,
+            help="Most answers that one request may ask for; never more than --max-waiting.",
+            rich_help_panel=_LOAD,
+        ),
     ] = 16,
     max_batch: Annotated[
         int, typer.Option(min=1, help="Most answers that are written at a time.", rich_help_panel=_LOAD)

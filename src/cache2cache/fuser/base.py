@@ -16,7 +16,7 @@ from cache2cache.errors import FuserFormatError, FuserMismatchError
 from cache2cache.fuser.gate import Gate, GateConfig
 from cache2cache.fuser.layers import pick
 from cache2cache.fuser.strict import in_words
-from cache2cache.types import Geometry, ModelCard
+from cache2cache.types import Geometry, ModelCard, Template
 
 KINDS = {"paper": "cache2cache.fuser.paper:PaperFuser", "compact": "cache2cache.fuser.compact:CompactFuser"}
 """Kind → where it lives; imported on use."""
@@ -39,9 +39,9 @@ class FuserConfig(BaseModel):
     alignment: Literal["native", "retokenise-first", "retokenise-longest", "same-ids"] = "native"
     """`native`: each side tokenises its own rendering. `retokenise-*`: the published fusers' way.
     `same-ids`: the sharer reads the receiver's token ids."""
-    receiver_template: str | None = None
+    receiver_template: Template | None = None
     """Template that the receiver's side renders with: a name or Jinja text; None is the model's own."""
-    sharer_template: str | None = None
+    sharer_template: Template | None = None
     fuse_last: int | None = Field(default=None, gt=0)
     """Fuse only this many positions at the end of each prompt; None fuses all."""
     sizes: dict[str, Any] = {}
@@ -94,19 +94,21 @@ class Fuser(nn.Module):
 
     @staticmethod
     def from_pretrained(
-        location: str | os.PathLike[str], *, revision: str | None = None, dtype: torch.dtype = torch.float32
+        location: str | os.PathLike[str], *, revision: str | None = None, dtype: str | torch.dtype = torch.float32
     ) -> Fuser:
         """Load a fuser: our format or a published checkpoint.
 
         Args:
             location: `demo` or `general` (which ship with the package), a folder, a hub id `org/repo`, or
-                `org/repo/folder` for a repository that holds several.
-            revision: branch, tag or commit of a hub id.
-            dtype: of the weights in memory; inputs are converted to it and outputs back.
+                `org/repo/folder` for a repository that holds several. A `Path` is always a folder.
+            revision: branch, tag or commit of a hub id; nothing else has any.
+            dtype: of the weights in memory, or its name; "auto" is the one they are stored in. Inputs are converted to
+                it and outputs back.
 
         Raises:
             FuserFormatError: not a fuser, damaged, of an unknown layout, or with weights that are not finite.
             DownloadError: the hub did not answer.
+            ModelError: no dtype of this name.
         """
         from cache2cache.fuser.store import load_fuser
 

@@ -15,7 +15,7 @@ from cache2cache.fuser.base import Fuser, FuserConfig
 from cache2cache.fuser.layer_map import depth_normalised, last_aligned
 from cache2cache.fuser.paper import PaperSizes
 from cache2cache.fuser.published import CLASS, MAP, RECIPE, TEMPERATURE, entry, published_names
-from cache2cache.fuser.store import staged
+from cache2cache.fuser.store import destination, staged
 
 _MAPPINGS = {"last_aligned": last_aligned, "k_nearest": depth_normalised}
 """Published names of the layer maps."""
@@ -25,10 +25,11 @@ def save_published(fuser: Fuser, folder: str | os.PathLike[str]) -> Path:
     """Write a paper fuser as the published code reads it, all files or none.
 
     Raises:
-        FuserFormatError: the published layout cannot hold the fuser.
+        FuserFormatError: the published layout cannot hold the fuser, or there is a file in the folder's place.
     """
     _check_writable(fuser.config)
-    with staged(Path(folder), last=f"final/{MAP}") as stage:
+    folder = destination(folder)
+    with staged(folder, last=f"final/{MAP}") as stage:
         final = stage / "final"
         final.mkdir()
         _write_json(stage / RECIPE, _recipe_of(fuser.config))
@@ -38,7 +39,7 @@ def save_published(fuser: Fuser, folder: str | os.PathLike[str]) -> Path:
             _write_json(final / f"projector_{layer}.json", card)
         sources = {str(layer): [[source, layer]] for layer, source in enumerate(fuser.config.layer_map)}
         _write_json(final / MAP, {"0": {"1": sources}})
-    return Path(folder)
+    return folder
 
 
 def _unstack(fuser: Fuser) -> Iterator[dict[str, torch.Tensor]]:

@@ -30,18 +30,22 @@ def locate(location: str | os.PathLike[str], revision: str | None = None) -> Pat
 
     Args:
         location: `demo` or `general`, a folder, or a hub id `org/repo` or `org/repo/folder`.
-        revision: branch, tag or commit of a hub id.
+        revision: branch, tag or commit of a hub id; nothing else has any.
 
     Raises:
-        FuserFormatError: nothing of this name.
+        FuserFormatError: nothing of this name, or a revision of something that is not on the hub.
         DownloadError: the hub did not answer, or has no such repository.
     """
     name = os.fspath(location)
-    if name in SHIPPED:
-        return _shipped(name)
     folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        return folder
+    shipped = isinstance(location, str) and name in SHIPPED
+    if shipped or (name and folder.is_dir()):
+        if revision is not None:
+            raise FuserFormatError(
+                f"{name} has no revisions", got=f"revision {revision}", allowed="revisions of hub ids",
+                hint="Leave the revision out",
+            )  # fmt: skip
+        return _shipped(name) if shipped else folder
     allowed = f"{', '.join(SHIPPED)}, a folder, a hub id org/repo, or org/repo/folder"
     if name and folder.exists():
         raise FuserFormatError("a fuser is a folder, not a file", got=name, allowed=allowed)
@@ -51,6 +55,11 @@ def locate(location: str | os.PathLike[str], revision: str | None = None) -> Pat
 
 
 def _shipped(name: str) -> Path:
+    if _holds_fuser(Path(name)):
+        raise FuserFormatError(
+            f"{name} is a fuser of the package, and the folder {name} here holds another",
+            hint=f"Write ./{name} for the folder, or rename it to use the package's",
+        )
     folder = Path(str(files("cache2cache.data"))) / f"{name}_fuser"
     if not folder.is_dir():
         raise FuserFormatError(f"this installation has no {name} fuser", hint="Install the released package again")
@@ -89,13 +98,17 @@ def _fetch(repo: str, sub: str, revision: str | None) -> Path:
             hint="Check the name, the revision and the network; private repositories need `hf auth login`",
         ) from error
     folder = root / sub
-    if not any((folder / part / marker).is_file() for part in _PARTS for marker in _MARKERS):
+    if not _holds_fuser(folder):
         raise FuserFormatError(
             f"the repository {repo} has no fuser in {sub or 'its top folder'}",
             allowed=", ".join(_fusers(repo, revision)) or None,
             hint="Name one as org/repo/folder",
         )
     return folder
+
+
+def _holds_fuser(folder: Path) -> bool:
+    return any((folder / part / marker).is_file() for part in _PARTS for marker in _MARKERS)
 
 
 def _fusers(repo: str, revision: str | None) -> list[str]:

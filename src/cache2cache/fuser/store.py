@@ -24,6 +24,7 @@ from cache2cache.fuser import published
 from cache2cache.fuser.base import FORMAT_VERSION, Fuser, FuserConfig
 from cache2cache.fuser.hub import locate, upload
 from cache2cache.fuser.strict import check_weights, in_words
+from cache2cache.types import torch_dtype
 
 CONFIG = "fuser_config.json"
 WEIGHTS = "fuser.safetensors"
@@ -32,18 +33,21 @@ State = Mapping[str, torch.Tensor]
 
 
 def load_fuser(
-    location: str | os.PathLike[str], *, revision: str | None = None, dtype: torch.dtype | None = torch.float32
+    location: str | os.PathLike[str], *, revision: str | None = None, dtype: str | torch.dtype | None = torch.float32
 ) -> Fuser:
     """Load a fuser in eval mode; see `Fuser.from_pretrained`.
 
     Args:
-        dtype: of the weights in memory; None keeps them as they are stored.
+        dtype: of the weights in memory, or its name; None and "auto" keep them as they are stored.
 
     Raises:
+        ModelError: no dtype of this name.
         FuserFormatError: no fuser there, or one that is damaged, unsafe, incomplete, of an unknown layout or with
             weights that are not finite.
         DownloadError: the hub did not answer, or has no such repository.
     """
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else torch_dtype(dtype)
     folder = locate(location, revision)
     config, state = _read(folder)
     return assemble(config, state, dtype, folder)
@@ -54,13 +58,17 @@ def save_fuser(fuser: Fuser, folder: str | os.PathLike[str], *, dtype: torch.dty
 
     Args:
         dtype: of the weights on disk; as they are by default.
+
+    Raises:
+        FuserFormatError: there is a file in the folder's place.
     """
+    folder = destination(folder)
     state = {name: x.detach().to("cpu", dtype or x.dtype).contiguous() for name, x in fuser.state_dict().items()}
     config = fuser.config.model_copy(update={"package_version": __version__})
-    with staged(Path(folder), last=CONFIG) as stage:
+    with staged(folder, last=CONFIG) as stage:
         save_file(state, stage / WEIGHTS, metadata={"format": "pt"})
         (stage / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return Path(folder)
+    return folder
 
 
 def push_fuser(fuser: Fuser, repo_id: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:
@@ -87,6 +95,19 @@ def assemble(config: FuserConfig, state: State, dtype: torch.dtype | None, sourc
     dtype = dtype or _stored_dtype(state)
     fuser.load_state_dict({name: x.to(dtype) for name, x in state.items()}, assign=True)
     return fuser.to(dtype).eval()
+
+
+def destination(folder: str | os.PathLike[str]) -> Path:
+    """The folder to save to, which loading finds under the same name.
+
+    Raises:
+        FuserFormatError: it, or a folder that it is to lie in, is a file.
+    """
+    path = Path(folder).expanduser()
+    there = next(x for x in (path.absolute(), *path.absolute().parents) if x.exists())
+    if not there.is_dir():
+        raise FuserFormatError("a fuser is saved as a folder, not as a file", got=there, hint="Name a new folder")
+    return path
 
 
 @contextmanager
@@ -166,8 +187,10 @@ def read_weights(path: Path) -> State:
             else "The fuser was not saved or fetched to the end",
         )
     with path.open("rb") as file:
-        if file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise FuserFormatError(f"{path} is a pickle, which can run code", allowed="safetensors")
+        head = file.read(9)
+    # The length of a safetensors header, 8 bytes, may begin like a pickle; behind it stands the header's brace.
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and head[8:] != b"{":
+        raise FuserFormatError(f"{path} is a pickle, which can run code", allowed="safetensors")
     try:
         return load_file(path)
     except SafetensorError as error:

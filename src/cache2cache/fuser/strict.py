@@ -9,9 +9,11 @@ from pydantic import ValidationError
 
 from cache2cache.errors import FuserFormatError
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def check_weights(source: object, expected: Mapping[str, torch.Size], state: Mapping[str, torch.Tensor]) -> None:
-    """Raise FuserFormatError unless the state dict has exactly the expected tensors, all finite.
+    """Raise FuserFormatError unless the state dict has exactly the expected tensors, all floats and finite.
 
     Args:
         source: the file or folder that the message names.
@@ -21,6 +23,8 @@ def check_weights(source: object, expected: Mapping[str, torch.Size], state: Map
     for name, x in state.items():
         if name in expected and x.shape != expected[name]:
             faults.append(f"{name} has shape {tuple(x.shape)} instead of {tuple(expected[name])}")
+        elif x.dtype not in _FLOATS:
+            faults.append(f"{name} has dtype {x.dtype} instead of a float of 16 bits or more")
         elif not x.isfinite().all():
             faults.append(f"{name} has values that are not finite")
     if faults:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -19,7 +20,7 @@ def geometry(config: PretrainedConfig, name: str) -> Geometry:
     """Read a model's geometry.
 
     Raises:
-        ModelError: it is not a decoder, or its config lacks a size.
+        ModelError: it is not a decoder, or its config lacks a size or has one that cannot be.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder", allowed="decoder-only language models")
@@ -35,16 +36,20 @@ def geometry(config: PretrainedConfig, name: str) -> Geometry:
     layers, heads = text.num_hidden_layers, text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     ropes, of_layer, problem = _ropes(text, layers, head_dim)
-    return Geometry(
-        layers=layers,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=head_dim,
-        vocab_size=text.vocab_size,
-        max_positions=getattr(text, "max_position_embeddings", None),
-        ropes=ropes,
-        rope_of_layer=of_layer,
-        rope_problem=problem,
-    )
+    try:
+        return Geometry(
+            layers=layers,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            vocab_size=text.vocab_size,
+            max_positions=getattr(text, "max_position_embeddings", None),
+            ropes=ropes,
+            rope_of_layer=of_layer,
+            rope_problem=problem,
+        )
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, x['loc'])) or 'layers'} {x['input']}: {x['msg']}" for x in error.errors()]
+        raise ModelError(f"no cache has the sizes that the config of {name} says", got="; ".join(faults)) from error
 
 
 def attention_window(config: Any) -> int | None:

@@ -207,15 +207,24 @@ def truncate(cache: DynamicCache, size: int) -> None:
         layer.keys, layer.values = keys[..., :size, :], values[..., :size, :]  # type: ignore[union-attr]
 
 
-def repeat_rows(cache: DynamicCache, times: int) -> None:
-    """Repeat each row in place, as beam search and num_return_sequences need it before they begin."""
+def repeated(cache: DynamicCache, times: int) -> DynamicCache:
+    """Each row several times, as beam search and num_return_sequences need it before they begin; itself for once."""
     if times > 1:
+        cache = clone(cache)
         cache.batch_repeat_interleave(times)
+    return cache
 
 
 def select_rows(cache: DynamicCache, rows: Sequence[int]) -> None:
     """Keep only these rows of the batch, in this order, in place."""
     cache.batch_select_indices(torch.tensor(rows, device=device(cache)))
+
+
+def heads(cache: object) -> int | None:
+    """KV heads of the first layer; None if it holds no keys. `check` compares the other layers with it."""
+    first = next(iter(getattr(cache, "layers", None) or ()), None)
+    keys = getattr(first, "keys", None)
+    return None if keys is None else keys.shape[1]
 
 
 def check(cache: object, layers: int, heads: int, head_dim: int, seen: int, name: str) -> None:

@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from cache2cache.errors import C2CError, DownloadError, ModelError
+from cache2cache.errors import C2CError, DownloadError, ModelError, UnknownModelError
 from cache2cache.models import kv
+from cache2cache.models.catalogue import Model
 from cache2cache.models.geometry import geometry
-from cache2cache.models.pull import Source, resolve
-from cache2cache.types import ModelCard
+from cache2cache.models.pull import look_up, resolve
+from cache2cache.types import Geometry, ModelCard, torch_dtype
 
 _PROBE_TEXT = "Caches speak: 2+2=4, naïve café — 缓存到缓存 🚀\n\tdef f(x):  return x"
 
@@ -83,13 +84,10 @@ class LanguageModel:
                 got=type(tokenizer).__name__,
                 hint="Convert it to a tokenizer.json first",
             )
-        card = ModelCard(
-            id=name, revision=revision, geometry=geometry(model.config, name), tokenizer=fingerprint(tokenizer)
-        )
         model.eval().requires_grad_(False)
-        lm = cls(model, tokenizer, card)
-        lm._probe()
-        return lm
+        size = _probed(model, geometry(model.config, name), name)
+        card = ModelCard(id=name, revision=revision, geometry=size, tokenizer=fingerprint(tokenizer))
+        return cls(model, tokenizer, card)
 
     @property
     def device(self) -> torch.device:
@@ -114,29 +112,35 @@ class LanguageModel:
         """Give the memory of the weights back. From then on nothing can be read; tokenizer and card stay."""
         self.model.to("meta")  # type: ignore[arg-type]
 
-    def _probe(self) -> None:
-        """Read one token and look at the cache, since configs do not tell what a model really keeps."""
-        size = self.card.geometry
-        ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-        try:
-            cache = kv.prefill(self.model, ids, torch.ones_like(ids))
-        except (TypeError, AttributeError, IndexError, ValueError) as error:
-            raise ModelError(
-                f"{self.card.id} cannot read a prompt into a KV cache", got=f"{type(error).__name__}: {error}",
-                allowed="decoders that accept past_key_values=DynamicCache()",
-            ) from error  # fmt: skip
-        kv.check(cache, size.layers, size.kv_heads, size.head_dim, 1, self.card.id)
-        if not kv.stack(cache).isfinite().all():
-            raise ModelError(
-                f"{self.card.id} computes keys or values that are not finite",
-                hint="Its weights hold NaN or infinity: fetch them again, or load it in float32",
-            )
+
+def _probed(model: PreTrainedModel, size: Geometry, name: str) -> Geometry:
+    """Read one token and look at the cache, since configs do not tell what a model really keeps.
+
+    Returns:
+        The config's geometry with the cache's heads: multi-query models may keep fewer than their config says.
+    """
+    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    try:
+        cache = kv.prefill(model, ids, torch.ones_like(ids))
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ModelError(
+            f"{name} cannot read a prompt into a KV cache", got=f"{type(error).__name__}: {error}",
+            allowed="decoders that accept past_key_values=DynamicCache()",
+        ) from error  # fmt: skip
+    size = size.model_copy(update={"kv_heads": kv.heads(cache) or size.kv_heads})
+    kv.check(cache, size.layers, size.kv_heads, size.head_dim, 1, name)
+    if not kv.stack(cache).isfinite().all():
+        raise ModelError(
+            f"{name} computes keys or values that are not finite",
+            hint="Its weights hold NaN or infinity: fetch them again, or load it in float32",
+        )
+    return size
 
 
 def pad_id(lm: Sharer) -> int:
-    """A token to pad with: the tokenizer's, or its end of sequence."""
-    tokenizer = lm.tokenizer
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)  # type: ignore[return-value]
+    """A token to pad with: the tokenizer's, or its end of sequence, if the model has an embedding for it."""
+    candidates, size = (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id), lm.card.geometry.vocab_size
+    return next((i for i in candidates if i is not None and not (size and i >= size)), 0)  # type: ignore[operator, return-value]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -171,28 +175,48 @@ def load(
 
     Args:
         name: `org/name@revision` also pins a hub id.
-        revision: branch, tag or commit of a hub id.
+        revision: branch, tag or commit of a hub id; nothing else has any.
         dtype: a torch dtype or its name; "auto" is the one the weights are stored in.
         trust_remote_code: run code that comes with a hub model. Off by default.
 
     Raises:
         UnknownModelError, DownloadError: see `cache2cache.models.pull.resolve`.
-        ModelError: the files are damaged or the model cannot take part.
+        ModelError: the files are damaged or incomplete, or the model cannot take part.
     """
-    source, revision = _source(name, revision)
+    name, revision = split_revision(str(name), revision)
+    source = resolve(name)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(dtype, str) and dtype != "auto":
         dtype = torch_dtype(dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, **options)
-        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **options)
+        # Weights of other shapes are "ignored" into the report, which names them as it names those that are missing.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except SafetensorError as error:
         raise ModelError(
             f"the weights of {name} are damaged", got=str(error), hint=f"Delete {source.location} and fetch it again"
         ) from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # damaged files fail in any way that the code which reads them can
         raise unreadable(f"{name} could not be loaded", source.location, error) from error
-    return LanguageModel.wrap(model.to(device), tokenizer, name=source.name, revision=revision)  # type: ignore[arg-type]
+    model, report = loaded
+    _check_complete(report, source.location)
+    return LanguageModel.wrap(model.to(device), tokenizer, name=source.name, revision=revision)
+
+
+def _check_complete(report: dict[str, Any], location: str) -> None:
+    """Raise ModelError unless every weight was read; transformers leaves the others random and only warns of it."""
+    faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        faults.append(f"{name} has shape {tuple(stored)} instead of {tuple(expected)}")
+    faults += report["error_msgs"]
+    if faults:
+        raise ModelError(
+            f"the weights in {location} are not those that its config promises",
+            got=f"{len(faults)} wrong: {'; '.join(faults[:3])}" + ("; …" if len(faults) > 3 else ""),
+            hint="Fetch or save the model again, or correct its config.json",
+        )
 
 
 def unreadable(what: str, location: str | Path, error: Exception) -> C2CError:
@@ -203,10 +227,23 @@ def unreadable(what: str, location: str | Path, error: Exception) -> C2CError:
     return ModelError(what, got=got)
 
 
-def _source(name: str | Path, revision: str | None) -> tuple[Source, str | None]:
-    if revision is None and "@" in str(name) and not Path(name).exists():
-        name, _, revision = str(name).rpartition("@")
-    return resolve(str(name)), revision
+def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """A name without the `@revision` that may end it, and the revision. A folder's whole name is its name.
+
+    Raises:
+        UnknownModelError: nothing of this name, or something that has no revisions.
+    """
+    if revision is None and "@" in name and not Path(name).expanduser().exists():
+        name, _, revision = name.rpartition("@")
+    if revision is None:
+        return name, None
+    found = look_up(name)
+    if isinstance(found, Path) or (isinstance(found, Model) and found.weights is not None):
+        raise UnknownModelError(
+            f"{name} has no revisions", got=f"revision {revision}", allowed="revisions of hub ids (owner/name)",
+            hint="Leave the revision out",
+        )  # fmt: skip
+    return name, revision
 
 
 def check_device(name: str, hint: str = "c2c doctor lists the devices") -> None:
@@ -215,15 +252,3 @@ def check_device(name: str, hint: str = "c2c doctor lists the devices") -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"no device {name} here", got=str(error).splitlines()[0], hint=hint) from error
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """`float32`, `bfloat16` or `float16` by name.
-
-    Raises:
-        ModelError: any other name.
-    """
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
-    if dtype is None:
-        raise ModelError("unknown dtype", got=name, allowed="auto, float32, bfloat16, float16")
-    return dtype

@@ -21,9 +21,9 @@ from transformers import (
 
 from cache2cache.models.catalogue import Model
 from cache2cache.models.geometry import geometry
-from cache2cache.models.load import LanguageModel, fingerprint, torch_dtype, unreadable
+from cache2cache.models.load import LanguageModel, fingerprint, split_revision, unreadable
 from cache2cache.models.pull import look_up, ready
-from cache2cache.types import ModelCard
+from cache2cache.types import ModelCard, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ def skeleton(name: str, *, dtype: str = "auto", trust_remote_code: bool = False)
         DownloadError: config or tokenizer of a hub id could not be fetched.
         ModelError: no config or tokenizer can be read, or the config is of no model that can take part.
     """
-    revision = None
-    if "@" in name and not Path(name).exists():
-        name, _, revision = name.rpartition("@")
+    name, revision = split_revision(name)
     found = look_up(name)
     if isinstance(found, Model) and found.weights is not None:
         location, label = ready(found), found.name
@@ -72,8 +70,11 @@ def skeleton(name: str, *, dtype: str = "auto", trust_remote_code: bool = False)
         to_fetch = None
     stored = getattr(config, "dtype", None) or torch.float32
     weights = torch_dtype(dtype) if dtype != "auto" else stored
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=weights, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=weights, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config that cannot be fails wherever its sizes are used
+        raise unreadable(f"the config of {label} is that of no model", location or label, error) from error
     card = ModelCard(id=label, revision=revision, geometry=geometry(config, label), tokenizer=fingerprint(tokenizer))
     return Skeleton(LanguageModel(model.eval().requires_grad_(False), tokenizer, card), to_fetch)
 
@@ -94,7 +95,7 @@ def _read(location: str, name: str, **options: Any) -> tuple[PretrainedConfig, P
     try:
         config = AutoConfig.from_pretrained(location, **options)
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # damaged files fail in any way that the code which reads them can
         raise unreadable(f"config and tokenizer of {name} could not be read", location, error) from error
     return config, tokenizer
 

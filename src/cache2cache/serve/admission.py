@@ -39,7 +39,7 @@ class Queue:
     """
 
     def __init__(self, size: int):
-        self._size = size
+        self.size = size
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -56,9 +56,9 @@ class Queue:
             BusyError: the queue is full.
         """
         with self._changed:
-            if len(self._jobs) >= self._size:
+            if len(self._jobs) >= self.size:
                 raise BusyError(
-                    "the queue is full", got=f"{len(self._jobs)} requests that wait", allowed=self._size,
+                    "the queue is full", got=f"{len(self._jobs)} requests that wait", allowed=self.size,
                     hint=f"Ask again in {retry_after:.0f} s", retry_after=retry_after,
                 )  # fmt: skip
             self._jobs.append(job)

@@ -32,7 +32,7 @@ OPEN_PATHS = ("/health", "/ready")
 def create_app(engine: Engine, settings: ServeSettings | None = None) -> FastAPI:
     """A server of an engine's answers, which starts and stops the engine.
 
-    Its `state.lifecycle` is the `Lifecycle` to drain before the server stops listening.
+    Its `state.lifecycle` is the `Lifecycle` to start before the server listens, and to drain before it stops.
     """
     settings = settings or ServeSettings()
     lifecycle, metrics = Lifecycle(engine, settings), Metrics(engine)

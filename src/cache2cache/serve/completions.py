@@ -85,10 +85,12 @@ class Completions:
         way = self._ways.find(asked.model)
         speaking = self._ways.speaking(way, asked.sharers)
         prompts, n = asked.prompts, asked.n or 1
-        if len(prompts) * n > self._settings.max_choices:
+        # More than may wait would be refused by the queue however often they are asked for.
+        most = min(self._settings.max_choices, self._engine.max_waiting)
+        if len(prompts) * n > most:
             raise RequestError(
                 "more answers are asked for than this server gives to one request",
-                got=len(prompts) * n, allowed=f"up to {self._settings.max_choices}", field="n",
+                got=len(prompts) * n, allowed=f"up to {most}", field="n",
             )  # fmt: skip
         each = [prompt for prompt in prompts for _ in range(n)]
         return [

@@ -112,6 +112,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def max_waiting(self) -> int:
+        """Most requests that wait. So many are taken at the same moment by an engine that is idle; more may be refused."""
+        ...
+
+    @property
     def alive(self) -> bool:
         """Whether it can answer at all. Once it has died it does not come back."""
         ...

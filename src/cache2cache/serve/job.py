@@ -13,9 +13,9 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from cache2cache.errors import ModelError
 from cache2cache.inputs import Row
-from cache2cache.serve.detokenise import Detokeniser
 from cache2cache.serve.engine import Event, Finish, Request, TokenLogprob, Usage
 from cache2cache.serve.sampling import Draw, Drawn
+from cache2cache.text.detokenise import Detokeniser, Speller
 
 
 @dataclass(eq=False)
@@ -86,8 +86,11 @@ class Answer:
         self.sharer_caches: list[DynamicCache] = []
         """What the sharers have read, for a prefix cache; empty without one."""
         self.usage, self.degraded, self.begun = usage, degraded, time.monotonic()
-        self._tokenizer, self._ends = tokenizer, ends
-        self._detokeniser = Detokeniser(tokenizer, job.request.sampling.stop)
+        self._ends = ends
+        self._goes_on = isinstance(job.request.prompt, str)
+        before = job.read.ids.tolist() if self._goes_on else ()
+        self._detokeniser = Detokeniser(tokenizer, job.request.sampling.stop, before)
+        self._speller = Speller(tokenizer)
         self._failed = False
 
     @property
@@ -125,4 +128,5 @@ class Answer:
         self.job.send(Event(text, (drawn.token,), logprob, top, self.finish, *begins))
 
     def _logprob(self, token: int, logprob: float) -> TokenLogprob:
-        return TokenLogprob(token, str(self._tokenizer.decode([token])), logprob)
+        first = len(self.written) == 1 and not self._goes_on
+        return TokenLogprob(token, self._speller(token, first=first), logprob)

@@ -28,11 +28,16 @@ class Lifecycle:
         """Whether new requests should be sent here."""
         return self._open and self._engine.alive
 
+    async def start(self) -> None:
+        """Let the engine load what it needs, unless it has; raises what keeps it from answering."""
+        if not self._open:
+            await self._engine.start()
+            self._open = True
+
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None, None]:
         """The time of one server."""
-        await self._engine.start()
-        self._open = True
+        await self.start()
         try:
             yield
         finally:

@@ -59,7 +59,7 @@ class NodeSettings:
 
 
 def create_node(lm: LanguageModel, settings: NodeSettings | None = None) -> FastAPI:
-    """The application. Its `state.lifecycle` drains, see `Server`.
+    """The application. Its `state.lifecycle` starts and drains, see `Server`.
 
     Raises:
         ModelError: a tokenizer that cannot be sent.
@@ -74,7 +74,7 @@ def create_node(lm: LanguageModel, settings: NodeSettings | None = None) -> Fast
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        prefiller.start()
+        await prefiller.start()
         yield
         await prefiller.stop()
         parsing.shutdown()

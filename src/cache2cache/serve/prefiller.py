@@ -71,9 +71,10 @@ class Prefiller:
         """Whether new requests are read."""
         return self._task is not None and not self._task.done() and not self._draining
 
-    def start(self) -> None:
-        """Begin to read."""
-        self._task = asyncio.create_task(self._work())
+    async def start(self) -> None:
+        """Begin to read, unless it has begun."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._work())
 
     async def drain(self) -> None:
         """Take nothing new; returns once everything that was taken has been read."""

@@ -63,6 +63,11 @@ class QueuedEngine:
         return self._pair.receiver.card.id
 
     @property
+    def max_waiting(self) -> int:
+        """See `Engine`."""
+        return self._worker.queue.size
+
+    @property
     def alive(self) -> bool:
         """See `Engine`."""
         return self._thread.is_alive()

@@ -49,7 +49,7 @@ def tokenise(pair: C2C, job: Job, longest: int, timings: Timings, context: int |
     context = min((n for n in (context, pair.receiver.card.geometry.max_positions) if n is not None), default=None)
     room = longest if context is None else min(longest, context - len(row.ids))
     job.limit = room if asked is None else asked
-    inputs.check_length(pair.receiver, len(row.ids), job.limit, context)
+    inputs.check_length(pair.receiver, len(row.ids), max(job.limit, 1), context)
     job.row = row
 
 

@@ -37,7 +37,8 @@ class Server(uvicorn.Server):
         self._told = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn."""
+        """See uvicorn. Raises what keeps the app from starting, which uvicorn would only log."""
+        await self._lifecycle.start()
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
 

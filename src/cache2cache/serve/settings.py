@@ -18,7 +18,7 @@ class ServeSettings(BaseModel):
     """One of them must come with every request but those for `/health` and `/ready`; None lets everybody in."""
     max_body_bytes: int = Field(default=4 << 20, ge=1)
     max_choices: int = Field(default=16, ge=1)
-    """Most answers that one request may ask for: its prompts times `n`."""
+    """Most answers that one request may ask for: its prompts times `n`. Never more than may wait, see `Engine`."""
     timeout: float = Field(default=600, gt=0)
     """Seconds after which a request that is not answered completely is given up."""
     notice: float = Field(default=0, ge=0)

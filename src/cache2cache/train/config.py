@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cache2cache.fuser.gate import GateConfig
+from cache2cache.types import Template
 
 Alignment = Literal["native", "retokenise-first", "retokenise-longest", "same-ids"]
 
@@ -27,8 +28,8 @@ class FuserPart(_Part):
     """A trained fuser to go on from: a folder, `demo`, `general` or a hub id. Kind, sizes and layer map must be the recipe's; its
     statistics of the caches are kept. Its gates are gone on with if they are learned; otherwise `gate` says which are open."""
     alignment: Alignment = "native"
-    receiver_template: str | None = None
-    sharer_template: str | None = None
+    receiver_template: Template | None = None
+    sharer_template: Template | None = None
     """A template's name, Jinja text, or None for the model's own."""
     fuse_last: int | None = Field(default=None, gt=0)
     sizes: dict[str, Any] = {}

@@ -49,6 +49,20 @@ def test_cached_models_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path):
     assert "some-model 2 MB" in " ".join(CliRunner().invoke(app, ["doctor"]).stdout.split())
 
 
+@pytest.mark.parametrize(
+    ("devices", "named"),
+    [
+        ({"cuda": [], "mps": False}, ["cpu", "", "gpu"]),
+        ({"cuda": [], "mps": True}, ["cpu", "", "mps"]),
+        ({"cuda": [{"device": "cuda:0", "name": "H", "bytes": 1, "bf16": True}], "mps": False}, ["cpu", "", "cuda:0"]),
+    ],
+)
+def test_no_gpu_is_said(devices: dict[str, Any], named: list[str]):
+    cpu = {"cores": 2, "threads": 2, "flags": [], "products_per_second": {"float32": 1e9}}
+    rows = doctor._device_rows({"cpu": cpu, **devices})
+    assert [name for name, _ in rows] == named
+
+
 def test_broken_torch_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     real = builtins.__import__
 
@@ -61,6 +75,7 @@ def test_broken_torch_is_a_finding(monkeypatch: pytest.MonkeyPatch):
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "torch cannot be imported: OSError: libtorch.so" in result.output
+    assert "gpu" not in result.output, "nobody knows"
 
 
 @pytest.mark.parametrize(

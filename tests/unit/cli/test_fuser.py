@@ -63,6 +63,13 @@ def test_inspect_nothing(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+def test_a_revision_of_what_has_none(tmp_path):
+    for command in (["inspect", "demo"], ["convert", "demo", tmp_path / "out"]):
+        result = run(*command, "--revision", "no-such-revision")
+        assert result.exit_code == ExitCode.DOES_NOT_FIT
+        assert "demo has no revisions" in result.stderr
+
+
 def test_convert_there_and_back(receiver, sharer, tmp_path):
     fuser = random_fuser(receiver, sharer, "paper", alignment="same-ids")
     fuser.save_pretrained(tmp_path / "ours")
@@ -72,10 +79,12 @@ def test_convert_there_and_back(receiver, sharer, tmp_path):
     assert Fuser.from_pretrained(tmp_path / "back").config.layer_map == fuser.config.layer_map
 
 
-def test_convert_overwrites_nothing(saved, tmp_path):
-    result = run("convert", saved, tmp_path)
-    assert result.exit_code == ExitCode.DOES_NOT_FIT
-    assert "not empty" in result.stderr
+def test_convert_overwrites_nothing(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    for destination in (tmp_path, f"~/{tmp_path.name}"):
+        result = run("convert", saved, destination, "--to", "native")
+        assert result.exit_code == ExitCode.DOES_NOT_FIT
+        assert "not empty" in result.stderr
 
 
 def test_convert_what_cannot_be_published(saved, tmp_path):

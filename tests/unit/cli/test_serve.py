@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from cache2cache.cli import app
 from cache2cache.cli.listening import bind, only_this_machine, url
+from cache2cache.errors import ModelError
 from cache2cache.serve.admission import Limits
 from cache2cache.serve.embedded import TransformersEngine
 from cache2cache.serve.queued import QueuedEngine
@@ -61,9 +62,9 @@ def test_the_demo_pair_for_this_machine_by_default(run: dict[str, Any]):
 def test_options_reach_the_engine_and_the_server(run: dict[str, Any], tmp_path: Path):
     keys = tmp_path / "keys"
     keys.write_text(f"{KEY}\n")
-    limits = "--max-batch 2 --max-waiting 3 --max-new-tokens 4 --cache-memory 0.5 --prefix-memory 2 --max-choices 5"
+    limits = "--max-batch 2 --max-waiting 7 --max-new-tokens 4 --cache-memory 0.5 --prefix-memory 2 --max-choices 5"
     assert c2c("-r", "r", "-s", "s", "-f", "/home/me/f", "--api-key-file", str(keys), *limits.split()) == 0
-    assert run["engine"] == (Limits(2, 3, 1 << 29, 4), {"prefix_bytes": 1 << 31})
+    assert run["engine"] == (Limits(2, 7, 1 << 29, 4), {"prefix_bytes": 1 << 31})
     with TestClient(run["app"]) as client:
         assert client.get("/v1/models").status_code == 401
         client.headers["Authorization"] = f"Bearer {KEY}"
@@ -154,6 +155,18 @@ class TestVllm:
         assert c2c("--engine", "vllm") == 1
         assert "cache2cache[vllm]" in " ".join(capsys.readouterr().err.split())
         assert "receiver" not in run
+
+
+def test_an_engine_that_cannot_start(
+    asked: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    async def start(_: TransformersEngine) -> None:
+        raise ModelError("it computes something else", got=7)
+
+    monkeypatch.setattr(TransformersEngine, "start", start)
+    monkeypatch.setattr("cache2cache.serve.logs.to_stderr", lambda: None)
+    assert c2c() == 4
+    assert capsys.readouterr().err == "error: it computes something else; got 7\n"
 
 
 def test_a_port_that_is_taken(run: dict[str, Any], capsys: pytest.CaptureFixture[str]):

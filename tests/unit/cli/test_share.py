@@ -133,6 +133,24 @@ def test_options_for_sharers_elsewhere_arrive(asked, tmp_path: Path, command):
     assert (asked["sharers"], asked["on_sharer_failure"]) == ([THERE], "receiver-alone")
 
 
+@pytest.mark.parametrize("command", [("generate", "hi"), ("chat",)])
+def test_the_demos_sharer_elsewhere_needs_no_fuser(asked, command):
+    assert CliRunner().invoke(app, [*command, "-s", THERE, "--max-new-tokens", "1"]).exit_code == 0
+    assert (asked["receiver"], asked["sharers"], asked["fusers"]) == ("smollm2-135m", [THERE], ["demo"])
+    for others in (("-s", THERE, "-s", THERE), ("-s", THERE, "-r", "other")):
+        done = CliRunner().invoke(app, [*command, *others])
+        assert (done.exit_code, "needs one --fuser per sharer, got 0" in done.output) == (2, True)
+
+
+def test_another_sharer_elsewhere_is_refused_by_the_demos_fuser(monkeypatch, receiver, sharer):
+    monkeypatch.setattr("cache2cache.loading.load", lambda *_, **__: receiver)
+    monkeypatch.setattr("cache2cache.loading._connect", lambda *_: sharer)
+    done = run("generate", "hi", "-s", THERE)
+    assert done.exit_code == 4
+    assert "the fuser does not fit the pair; got tiny-receiver ← tiny-sharer" in done.stderr
+    assert "allowed: smollm2-135m ← qwen2.5-coder-1.5b" in done.stderr
+
+
 @pytest.mark.parametrize(
     "option",
     [

@@ -131,6 +131,13 @@ def test_fusers_of_the_package(name):
     assert (config.kind, config.receiver.id, config.sharer.id) == ("compact", "smollm2-135m", "qwen2.5-coder-1.5b")
 
 
+def test_only_the_hub_has_revisions(fuser, tmp_path):
+    folder = fuser.save_pretrained(tmp_path / "org" / "saved")
+    for location in ("demo", str(folder), folder):
+        with pytest.raises(FuserFormatError, match=r"has no revisions; got revision v1; allowed: .*hub ids"):
+            Fuser.from_pretrained(location, revision="v1")
+
+
 @pytest.mark.parametrize("name", hub.SHIPPED)
 def test_a_fuser_of_the_package_is_missing(name, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "files", lambda _: tmp_path)

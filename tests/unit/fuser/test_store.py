@@ -3,15 +3,18 @@
 import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from cache2cache import Fuser, __version__
-from cache2cache.errors import C2CError, FuserFormatError
-from cache2cache.fuser import store
+from cache2cache.errors import C2CError, FuserFormatError, ModelError
+from cache2cache.fuser import export, store
 from cache2cache.testing import random_fuser
+from cache2cache.text.chat import TEMPLATES
+from cache2cache.types import TEMPLATE_NAMES
 
 KINDS = ["paper", "compact"]
 
@@ -86,6 +89,56 @@ def test_round_trip_at_half_size(fuser, tmp_path):
     torch.testing.assert_close(loaded.leave.weight, fuser.leave.weight, rtol=1e-2, atol=1e-3)
     assert Fuser.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
     assert store.load_fuser(folder, dtype=None).dtype == torch.bfloat16
+
+
+def test_dtypes_by_name(fuser, tmp_path):
+    folder = fuser.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    for name, dtype in (("auto", torch.float16), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        assert Fuser.from_pretrained(folder, dtype=name).dtype == dtype
+    with pytest.raises(ModelError, match="unknown dtype; got int8"):
+        Fuser.from_pretrained(folder, dtype="int8")
+
+
+SAVE = pytest.mark.parametrize("save", [store.save_fuser, export.save_published])
+
+
+@SAVE
+def test_a_fuser_is_found_where_it_was_saved(save, receiver, sharer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fuser = random_fuser(receiver, sharer, "paper", alignment="same-ids")
+    assert save(fuser, "~/deep/saved") == tmp_path / "deep/saved"
+    assert Fuser.from_pretrained("~/deep/saved").config.layer_map == fuser.config.layer_map
+
+
+@SAVE
+@pytest.mark.parametrize("place", ["file", "file/folder"])
+def test_a_file_is_no_place_for_a_fuser(save, place, receiver, sharer, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FuserFormatError, match=r"saved as a folder, not as a file; got .*/file\. Name"):
+        save(random_fuser(receiver, sharer, "paper", alignment="same-ids"), tmp_path / place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_saved_fuser_may_have_the_name_of_one_of_the_package(fuser, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fuser.save_pretrained("demo")
+    for location in (Path("demo"), "./demo"):
+        assert Fuser.from_pretrained(location).config == fuser.config
+    refused("demo", "the folder demo here", "./demo")
+
+
+PICKLE_LIKE = [b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"]
+
+
+@pytest.mark.parametrize("start", PICKLE_LIKE)
+def test_a_header_as_long_as_pickles_begin(folder, fuser, start):
+    path = folder / store.WEIGHTS
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    length = 0x10000 + int.from_bytes(start, "little")
+    path.write_bytes(length.to_bytes(8, "little") + data[8:end].ljust(length) + data[end:])
+    assert path.read_bytes()[:2] == start
+    assert torch.equal(Fuser.from_pretrained(folder).leave.weight, fuser.leave.weight)
 
 
 def test_a_loaded_fuser_can_be_trained(folder, caches):
@@ -197,11 +250,38 @@ def test_newer_format(change, folder):
         ({"fuse_last": 0}, ["fuse_last", "greater than 0"]),
         ({"sizes": {"width": -1}}, ["width", "greater than 0"]),
         ({"receiver": {}}, ["receiver.id", "receiver.geometry"]),
+        ({"receiver_template": "plane"}, ["receiver_template", "'plane' is no template", "plain, completion, Jinja"]),
+        ({"sharer_template": ""}, ["sharer_template", "'' is no template"]),
     ],
 )
 def test_wrong_config(change, folder, fields, words):
     change(**fields)
     refused(folder, *words)
+
+
+@pytest.mark.parametrize("side", ["receiver", "sharer"])
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"kv_heads": -1}, ["kv_heads", "greater than 0"]),
+        ({"head_dim": -4}, ["head_dim", "greater than 0"]),
+        ({"layers": 0}, ["layers", "greater than 0"]),
+        ({"vocab_size": 0}, ["vocab_size", "greater than 0"]),
+        ({"rope_of_layer": [0]}, ["rope_of_layer has 1 entries", "one per layer"]),
+        ({"ropes": []}, ["rope_of_layer", "there are 0"]),
+        ({"ropes": [{"inv_freq": [1.0]}] * 2, "layers": 1, "rope_of_layer": [-1]}, ["rope_of_layer", "there are 2"]),
+    ],
+    ids=str,
+)
+def test_wrong_geometry(change, folder, side, sizes, words):
+    card = json.loads((folder / store.CONFIG).read_text())[side]
+    card["geometry"] |= sizes
+    change(**{side: card})
+    refused(folder, f"{side}.geometry", *words)
+
+
+def test_every_template_has_a_name():
+    assert set(TEMPLATE_NAMES) == set(TEMPLATES)
 
 
 def test_config_is_a_list(folder):
@@ -225,6 +305,12 @@ def test_every_wrong_tensor_is_named(reweigh, folder):
         "enter.bias has shape (2, 2, 1, 15) instead of (2, 2, 1, 16)",
         "leave.weight has values that are not finite",
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats(reweigh, folder, dtype):
+    reweigh(lambda state: state | {"enter.bias": state["enter.bias"].to(dtype)})
+    refused(folder, f"enter.bias has dtype {dtype}", "16 bits")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

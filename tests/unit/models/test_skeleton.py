@@ -39,6 +39,17 @@ def test_a_skeleton_is_the_model_without_its_weights(family, tmp_path):
     assert found.lm.tokenizer(text)["input_ids"] == whole.tokenizer(text)["input_ids"]
 
 
+@pytest.mark.parametrize(
+    "fields", [{"num_attention_heads": 0}, {"num_hidden_layers": "x"}, {"head_dim": -8}, []], ids=str
+)
+def test_configs_of_no_model(fields, tmp_path):
+    folder = saved(tiny_model("llama"), tmp_path, weights=False)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(fields and {**json.loads(config.read_text()), **fields}))
+    with pytest.raises(ModelError):
+        skeleton(folder)
+
+
 def test_tied_weights_count_once(tmp_path):
     sizes = [
         skeleton(saved(tiny_model("llama", tie_word_embeddings=tied), tmp_path / str(tied), weights=False)).weights
@@ -109,6 +120,8 @@ def test_weights_of_the_layers_and_of_the_head(family):
 def test_unknown_names_and_damaged_configs(tmp_path):
     with pytest.raises(UnknownModelError, match="smollm2-135m"):
         skeleton("smollm2-135")
+    with pytest.raises(UnknownModelError, match="smollm2-135m has no revisions; got revision v1"):
+        skeleton("smollm2-135m@v1")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(ModelError, match="could not be read"):
         skeleton(str(tmp_path))

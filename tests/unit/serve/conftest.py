@@ -34,6 +34,7 @@ class ScriptedEngine:
     receiver: str = "small"
     sharers: Sequence[str] = ("big", "other")
     alone: Sequence[int] = (0, 1)
+    max_waiting: int = 64
     alive: bool = True
     script: Callable[[Request], Sequence[Step]] = lambda _: ScriptedEngine.said("Hello", " there")
     asked: list[Request] = field(default_factory=list)

@@ -19,7 +19,7 @@ from cache2cache.serve.settings import ServeSettings
 class Patient:
     """An engine that stops as engines do."""
 
-    receiver, sharers, alone, alive = "small", (), (), True
+    receiver, sharers, alone, max_waiting, alive = "small", (), (), 64, True
 
     def __init__(self, end: Path):
         self._end, self._running, self._stopping, self._cut = end, 0, False, False

@@ -413,7 +413,7 @@ def test_another_models_cache_is_refused(card: ModelCard, says: str):
 # --- headers that lie ---------------------------------------------------------------------------------------------
 
 
-def sized(**sizes: int) -> Callable[[dict], dict]:
+def sized(**sizes: object) -> Callable[[dict], dict]:
     def change(header: dict) -> dict:
         header["model"]["geometry"] |= sizes
         return header
@@ -463,7 +463,10 @@ HEADER_LIES: list[tuple[Callable[[dict], Any], str]] = [
     (lambda h: h | {"model": None}, "'model': "),
     (lambda h: h | {"model": h["model"] | {"code": "x"}}, "'model.code': "),
     (sized(layers=0), "geometry"),
-    (sized(layers=3), "ascending layers"),
+    (sized(layers=3), "one per layer"),
+    (sized(layers=3, rope_of_layer=[0] * 3), "ascending layers"),
+    (sized(layers=10**4000), "one per layer"),
+    (sized(rope_of_layer=[10**4000] * 4), "ropes that are not there"),
     (sized(kv_heads=0), "geometry"),
     (sized(kv_heads=3), "cannot have the size"),
     (sized(head_dim=-6), "geometry"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 import openai
 import pytest
+import torch
 from langchain_openai import ChatOpenAI
 
 from cache2cache import C2C
@@ -15,6 +17,7 @@ from cache2cache.fuser.base import Fuser
 from cache2cache.models.load import LanguageModel
 from cache2cache.serve.admission import Limits
 from cache2cache.serve.embedded import TransformersEngine
+from cache2cache.testing import tiny_model
 from cache2cache.types import Message
 
 MODEL = "tiny-receiver+tiny-sharer"
@@ -103,11 +106,48 @@ def test_texts_are_gone_on_with(client: openai.OpenAI, answering: C2C):
     assert all(logprob <= 0 for logprob in answer.choices[0].logprobs.token_logprobs or ())
 
 
+class TestWithATokenizerThatDropsAFirstSpace:
+    @pytest.fixture
+    def client(self, spaced_tokenizer: Any, served: Any) -> Iterator[openai.OpenAI]:
+        """Of a model that says nothing but words with a space before them."""
+        lm = tiny_model("llama", tokenizer=spaced_tokenizer, name="spaced")
+        with torch.no_grad():
+            weight = lm.model.get_output_embeddings().weight  # type: ignore[operator]
+            words = spaced_tokenizer.convert_tokens_to_ids(["▁aa", "▁bb", "▁cc"])
+            said = weight[words].clone()
+            weight[:] = said.mean(0)  # which is never the largest
+            weight[words] = said
+        with served(TransformersEngine(C2C(lm))) as address:
+            yield openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0)
+
+    def test_a_text_is_gone_on_with_behind_a_space(self, client: openai.OpenAI):
+        options: Any = {"model": "spaced", "prompt": "aa bb", "temperature": 0, "max_tokens": 4}
+        choice = client.completions.create(**options, logprobs=1).choices[0]
+        assert choice.logprobs is not None and choice.logprobs.tokens is not None
+        assert set(choice.logprobs.tokens) <= {" aa", " bb", " cc"}
+        assert choice.text == "".join(choice.logprobs.tokens)
+        assert choice.logprobs.text_offset == [0, 3, 6, 9]
+        stream = client.completions.create(**options, stream=True)
+        assert "".join(piece.choices[0].text for piece in stream) == choice.text
+
+    def test_an_answer_begins_without_one(self, client: openai.OpenAI):
+        choice = client.chat.completions.create(
+            model="spaced", messages=CONVERSATIONS[0], temperature=0, max_tokens=4, logprobs=True  # type: ignore[arg-type]
+        ).choices[0]  # fmt: skip
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        text, said = choice.message.content or "", choice.logprobs.content
+        assert text == "".join(one.token for one in said)
+        assert text.encode() == b"".join(bytes(one.bytes or ()) for one in said)
+        assert text.split() == [one.token.strip() for one in said]
+        assert not text.startswith(" ")
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
         ({"max_tokens": 33}, None, "up to 32"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "context_length_exceeded", "context"),
+        ({"n": 9}, None, "got 9; allowed: up to 8"),  # more than may wait would never be taken
     ],
 )
 def test_what_the_pair_cannot_do(client: openai.OpenAI, options: dict[str, Any], code: str, message: str):
@@ -116,13 +156,25 @@ def test_what_the_pair_cannot_do(client: openai.OpenAI, options: dict[str, Any],
     assert refused.value.code == code
 
 
-def test_more_than_can_wait_are_sent_away(client: openai.OpenAI):
+def test_more_than_can_wait_are_sent_away(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch):
     conversation: Any = CONVERSATIONS[0]
-    with pytest.raises(openai.RateLimitError) as refused:
-        client.chat.completions.create(model=MODEL, messages=conversation, n=16, max_tokens=32)
-    assert int(refused.value.response.headers["retry-after"]) >= 1
-    answer = client.chat.completions.create(model=MODEL, messages=conversation, max_tokens=2)
-    assert answer.usage is not None, "and the next one is answered"
+    go_on, read = threading.Event(), C2C.read
+    monkeypatch.setattr(C2C, "read", lambda *args, **options: go_on.wait(60) and read(*args, **options))
+
+    def ask(n: int) -> Any:
+        return client.chat.completions.create(model=MODEL, messages=conversation, n=n, max_tokens=2)
+
+    with ThreadPoolExecutor(2) as several:
+        # Four are read for and the others wait, whichever request comes first.
+        asking = [several.submit(ask, 8) for _ in range(2)]
+        done, others = wait(asking, return_when=FIRST_COMPLETED)
+        go_on.set()
+        (refused,), (answered,) = done, others
+        error = refused.exception()
+        assert isinstance(error, openai.RateLimitError)
+        assert int(error.response.headers["retry-after"]) >= 1
+        assert len(answered.result().choices) == 8
+    assert ask(1).usage is not None, "and the next one is answered"
 
 
 def test_langchain_hears_the_pair(client: openai.OpenAI, answering: C2C):

@@ -154,6 +154,16 @@ def test_less_room_than_the_models_context(start: Any):
     assert open_ended.limit == 60 - len(open_ended.read.ids)
 
 
+@pytest.mark.parametrize("beyond", [0, 100])
+def test_no_room_for_an_answer_of_any_length(start: Any, c2c: C2C, beyond: int):
+    handed = start()
+    frame = len(c2c.rows([[{"role": "user", "content": ""}]])[0].ids)
+    handed.worker.context = 60
+    job = handed.job("a" * (60 - frame + beyond), max_tokens=None)
+    handed.thread.start()
+    assert f"got {60 + beyond} tokens and 1 to be written; allowed: 60 together" in str(handed.error(job))
+
+
 def test_if_a_batch_goes_wrong_only_the_culprit_suffers(start: Any, c2c: C2C, monkeypatch: pytest.MonkeyPatch):
     handed, read = start(), c2c.read
     jobs = [handed.job(text) for text in TEXTS]

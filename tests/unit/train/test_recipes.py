@@ -64,7 +64,7 @@ def get(whole: Recipe, key: str):
         ("receiver=/models/a=b c", "receiver", "/models/a=b c"),
         ('receiver="12"', "receiver", "12"),
         ("fuser.receiver_template='{{ bos_token }}'", "fuser.receiver_template", "{{ bos_token }}"),
-        ("fuser.receiver_template=one\nkey = 2", "fuser.receiver_template", "one\nkey = 2"),
+        ("fuser.receiver_template=one {{ x }}\nkey = 2", "fuser.receiver_template", "one {{ x }}\nkey = 2"),
         ("data.train.1.limit=100", "data.train.1.limit", 100),
         ("data.train=[{path = 'x.jsonl'}]", "data.train.0.path", "x.jsonl"),
         ("watch.report_to=[]", "watch.report_to", ()),
@@ -103,6 +103,7 @@ def test_the_last_of_two_overrides_counts(write: Write):
         ("optim.epochs=many", "optim.epochs: "),
         ("optim.epoch=1", "did you mean optim.epochs?"),
         ("receiver=12", "receiver: Input should be a valid string (got 12)"),
+        ("fuser.sharer_template=plane", "fuser.sharer_template: 'plane' is no template"),
         ("extends=x.toml", "unknown extends"),
     ],
 )

@@ -24,7 +24,7 @@ class Watched:
         self.prefiller = Prefiller(lm, limits, waiting, lambda rows, tokens, _: self.batches.append((rows, tokens)))
 
     async def __aenter__(self) -> Watched:
-        self.prefiller.start()
+        await self.prefiller.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:

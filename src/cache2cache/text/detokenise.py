@@ -9,20 +9,24 @@ from transformers import PreTrainedTokenizerBase
 _INCOMPLETE = "\ufffd"
 """What a tokenizer makes of bytes that are no character, or not yet."""
 
+_BEFORE = "a"
+"""Text behind which tokens are spelled."""
+
 
 class Detokeniser:
     """One answer's text, piece by piece; special tokens are left out. All pieces together are the answer.
 
     Args:
         stop: texts before which the answer ends.
+        before: tokens of a text that the answer goes on with; without any, it is a text of its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), before: Sequence[int] = ()):
         self._tokenizer, self._stop = tokenizer, stop
-        self._ids: list[int] = []
+        self._ids = list(before)
         # ids[:_read] are text already. Those from _start on are decoded again with the new ones, because some tokenizers
         # write a token in another way at the beginning of a text.
-        self._start = self._read = 0
+        self._start, self._read = 0, len(self._ids)
         self._held = ""
         self.stopped = False
         """Whether a stop text was met; nothing may be added afterwards."""
@@ -63,3 +67,19 @@ class Detokeniser:
         """Length of the longest end of a text with which a stop text may begin."""
         lengths = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
         return max(lengths, default=0)
+
+
+class Speller:
+    """What single tokens, special ones as well, are in a text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._before = tokenizer.encode(_BEFORE, add_special_tokens=False)
+        self._length = len(self._decode(self._before))
+
+    def __call__(self, token: int, *, first: bool = False) -> str:
+        """A token's text; with `first`, at the beginning, where some tokenizers leave a space out."""
+        return self._decode([token]) if first else self._decode([*self._before, token])[self._length :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids))

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cache2cache.serve.detokenise import Detokeniser
 from cache2cache.testing import WORDS, tiny_tokenizer
+from cache2cache.text.detokenise import Detokeniser, Speller
 
 BYTES, MERGED = tiny_tokenizer(), tiny_tokenizer(merge=WORDS)
 
@@ -79,6 +79,13 @@ class TestEachPiece:
         assert pieces(BYTES, ids)[0] == ["a", "", ""]
 
 
+@pytest.mark.parametrize("text", ["  aa\n   aa aa\n\n  aa ", "🚀🚀 aa 缓存", "What is the cap 12!\nuser"])
+def test_every_tokenizer_writes_what_it_decodes_at_once(tokenizers, spaced_tokenizer, text):
+    for tokenizer in (*tokenizers.values(), spaced_tokenizer):
+        ids = tokenizer.encode(text)
+        assert "".join(pieces(tokenizer, ids)[0]) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("words", [["▁a", "▁b", "c", "▁a"], ["c", "▁a"], ["<s>", "▁a", "<s>", "▁b"]])
 def test_a_tokenizer_that_drops_the_first_space_keeps_the_others(words):
     backend = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "c": 2}, unk_token="c"))
@@ -86,3 +93,17 @@ def test_a_tokenizer_that_drops_the_first_space_keeps_the_others(words):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", clean_up_tokenization_spaces=False)
     ids = tokenizer.convert_tokens_to_ids(words)
     assert "".join(pieces(tokenizer, ids)[0]) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("prompt", ["aa", "aa 🚀", "<s>aa", "aa</s>"])
+def test_an_answer_that_goes_on_with_a_text_keeps_its_first_space(spaced_tokenizer, prompt):
+    before = spaced_tokenizer.encode(prompt, add_special_tokens=False)
+    detokeniser = Detokeniser(spaced_tokenizer, before=before)
+    assert [detokeniser.add(token) for token in spaced_tokenizer.encode("bb cc")] == [" bb", " cc"]
+
+
+def test_tokens_are_spelled_as_they_are_in_a_text(spaced_tokenizer):
+    spell = Speller(spaced_tokenizer)
+    ids = spaced_tokenizer.convert_tokens_to_ids(["▁bb", "aa", "▁", "<0x0A>", "<0xF0>", "</s>"])
+    assert [spell(token) for token in ids] == [" bb", "aa", " ", "\n", "\ufffd", "</s>"]
+    assert [spell(token, first=True) for token in ids[:2]] == ["bb", "aa"]
