@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache2cache import C2C, inputs
+from cache2cache import C2C
 from cache2cache.errors import FuserMismatchError, MissingExtraError, ModelError, SharerError
 from cache2cache.models import kv
 from cache2cache.models.load import LanguageModel
@@ -21,7 +21,7 @@ from cache2cache.serve.node import NodeSettings
 from cache2cache.serve.payload import SharerCache
 from cache2cache.serve.remote import RemoteOptions, RemoteSharer
 from cache2cache.testing import random_fuser, tiny_model
-from cache2cache.types import Message
+from cache2cache.types import Message, Span
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 TOKEN, KEY, OTHER_KEY = "t" * 20, b"k" * 32, b"o" * 32
@@ -105,7 +105,7 @@ def test_token_ids_with_their_own_mask_and_alignment(receiver, sharer, fuser, no
         "receiver_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]),
         "sharer_masks": [torch.tensor([[1, 1, 1], [0, 0, 1]])],
         "alignments": [torch.tensor([[0, 0, 2, 2], [2, 2, 2, 2]])],
-        "spans": [inputs.Span(0, 2), inputs.Span(2, 3, fuse=False)],
+        "spans": [Span(0, 2), Span(2, 3, fuse=False)],
     }
     a, b = (C2C(receiver, [s], [fuser]).prefill(**given_ids) for s in (sharer, node.sharer()))
     assert torch.equal(kv.stack(a.cache), kv.stack(b.cache))
