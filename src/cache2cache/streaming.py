@@ -57,7 +57,7 @@ def stream(pair: C2C, prefill: Prefill, **generate_kwargs: Any) -> Generator[str
     """Yield text as it is written; return the whole answer. Closing the generator ends the decoding."""
     pieces = _Pieces(Detokeniser(pair.receiver.tokenizer))  # type: ignore[arg-type]
     stopped = _Stopped()
-    criteria = StoppingCriteriaList([*generate_kwargs.pop("stopping_criteria", []), stopped])
+    criteria = StoppingCriteriaList([*(generate_kwargs.pop("stopping_criteria", None) or []), stopped])
     outcome: list[Generation | BaseException] = []
 
     def work() -> None:

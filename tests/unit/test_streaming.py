@@ -43,7 +43,9 @@ def test_all_pieces_are_the_answer(alone: C2C, written: str, text: str):
 
     def options():
         dictated = LogitsProcessorList([Dictated(ids)])
-        return {"do_sample": False, "max_new_tokens": len(ids), "logits_processor": dictated}
+        return {
+            "do_sample": False, "max_new_tokens": len(ids), "logits_processor": dictated, "stopping_criteria": None,
+        }  # fmt: skip
 
     assert alone.generate(CONVERSATION, **options()).text == text  # type: ignore[union-attr]
     assert "".join(alone.stream(CONVERSATION, **options())) == text
