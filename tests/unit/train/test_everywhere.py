@@ -73,8 +73,9 @@ def test_one_pass_is_as_many_rows_as_the_response_has_tokens(fuse_last, family):
     one, gradient = summed(pair, whole, "everywhere")
     many, gradients = summed(pair, rows, "prompt")
     torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient, gradients, rtol=1e-3, atol=1e-5)
-    assert gradient.abs().max() > 1e-4
+    largest = float(gradients.abs().max())
+    assert largest > 1e-4
+    torch.testing.assert_close(gradient, gradients, rtol=1e-3, atol=1e-4 * largest)
 
 
 def test_the_first_token_is_read_as_in_use():
