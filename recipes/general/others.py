@@ -1,5 +1,5 @@
 """Write rows of kinds that recipes/general is not trained on, to ask a fuser for the likelihood of their answers:
-DATA/others/<set>.jsonl.
+DATA/others/<set>.jsonl, named so that none is taken for a task.
 
     python recipes/general/others.py DATA
     c2c eval --fuser RUN/fuser --tasks DATA/others/natural_instructions.jsonl,… --systems receiver,c2c --controls mismatched …
@@ -50,9 +50,9 @@ def _first_turns(row: Row) -> tuple[str, str]:
 SETS: dict[str, tuple[str, Callable[[Row], tuple[str, str]]]] = {
     "natural_instructions": ("ni_v1/train", _first_turns),
     "alpaca": ("alpaca_subset/train", _first_turns),
-    "nq_open": ("nq_open/dev", lambda row: (f"{row['question']}?", row["answers"][0])),
-    "gsm8k": ("gsm8k/test", lambda row: (row["question"], row["answer"])),
-    "humaneval": (
+    "nq_open_answers": ("nq_open/dev", lambda row: (f"{row['question']}?", row["answers"][0])),
+    "gsm8k_solutions": ("gsm8k/test", lambda row: (row["question"], row["answer"])),
+    "humaneval_solutions": (
         "humaneval/test",
         lambda row: (f"Complete this function.\n\n{row['prompt']}", row["canonical_solution"]),
     ),

@@ -1,6 +1,6 @@
-"""Write what the receiver alone answers to open instructions, for recipes/general: DATA/own/instruction_prompts.jsonl.
+"""Write what the receiver alone answers to open instructions: DATA/own/instruction_prompts.jsonl.
 
-    python recipes/general/own.py DATA
+    python recipes/general-own/rows.py DATA
 
 A fuser that has only seen its own kinds of rows answers everything else in their style. Rows with the receiver's own words
 teach it when not to. Answers are sampled from the receiver's distribution as it is (temperature 1, nothing cut off), so that
@@ -20,7 +20,7 @@ from cache2cache.evaluate.tasks.files import rows_of
 
 RECEIVER = "smollm2-135m"
 TOKENS = 24
-"""More than recipes/general learns of a response."""
+"""More than the recipe learns of a response."""
 BATCH = 16
 
 
