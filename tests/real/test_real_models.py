@@ -50,11 +50,9 @@ def test_a_shipped_fuser_answers_with_a_letter_and_listens_to_the_sharer(demo, n
 
 def test_the_general_fuser_answers_what_has_no_letters(demo):
     pair = C2C(demo.receiver, demo.sharers, [Fuser.from_pretrained("general")])
-    question = (
-        "The Nile flows north through Sudan and Egypt. It is about 6,650 km long.\n\nWhere does the Nile flow to?"
-    )
+    question = "Marie Curie was born in Warsaw in 1867 and moved to Paris in 1891.\n\nWhere was Marie Curie born?"
     answer = pair.generate([{"role": "user", "content": question}], **GREEDY)
-    assert {"north", "Sudan", "Egypt"} & set(answer.text.replace(".", " ").split())
+    assert "Warsaw" in answer.text and "Paris" not in answer.text
 
 
 def test_closed_gates_are_the_receiver_alone(demo):
