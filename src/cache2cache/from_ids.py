@@ -1,4 +1,4 @@
-"""From token ids to the tensors that the request path runs on: the door for whoever tokenises himself."""
+"""From token ids to the tensors that the request path runs on, for callers that tokenise by themselves."""
 
 from __future__ import annotations
 
