@@ -82,36 +82,36 @@ def trainer_of(
     rows: Dataset[Item]
     if recipe.data.stream:
         rows, order = RowStream(recipe, pair, machine, prepared.avoid), None
-        first = rows.first(statistics.STATISTICS_ROWS)
+        measured = rows.first(statistics.STATISTICS_ROWS)
         teach = Teach(pair, objective.distill_top) if objective.distill else None
         validation = FeatureDataset(prepared.validation, pair, None)
     else:
         teachers = taught(prepared.train, pair, folder, objective.distill_top) if objective.distill else None
         rows, teach = FeatureDataset(prepared.train, pair, folder, teachers), None
-        first = [rows[i] for i in range(min(statistics.STATISTICS_ROWS, len(rows)))]
+        measured = [rows[i] for i in statistics.spread(len(rows))]
         group = optim.batch_size * optim.accumulate * args.world_size if optim.bucket else None
         lengths = [len(row.row.ids) + len(row.response) for row in prepared.train]
         order = Order(lengths, seed=recipe.seed, group=group)
         validation = FeatureDataset(prepared.validation, pair, folder)
-    step = _step(recipe, pair, first)
+    step = _step(recipe, pair, measured)
     trainer = FuserTrainer(step, pair, recipe, args, Collator(pair), rows, validation, order, teach)
     set_seed(recipe.seed + args.process_index)  # gates and dropout draw their own noise on each process
     return trainer
 
 
-def _step(recipe: Recipe, pair: C2C, first: list[Item]) -> TrainingStep:
+def _step(recipe: Recipe, pair: C2C, measured: list[Item]) -> TrainingStep:
     (fuser,), optim = pair.fusers, recipe.optim
     if recipe.objective.fused == "everywhere" and not trees.readable(
-        pair.receiver, max(len(x.row.row.ids) for x in first)
+        pair.receiver, max(len(x.row.row.ids) for x in measured)
     ):
         raise ModelError(
             f"{pair.receiver.card.id} cannot read rows that are fused everywhere",
             allowed="models that take a mask of their own for each token",
             hint='Train with objective.fused = "prompt"',
         )
-    if first[0].own is None:
-        say(f"reading {len(first)} rows for the statistics of the caches")
-    sample = statistics.sample(first, pair)
+    if measured[0].own is None:
+        say(f"reading {len(measured)} rows for the statistics of the caches")
+    sample = statistics.sample(measured, pair)
     if isinstance(fuser, CompactFuser) and recipe.fuser.init is None:
         statistics.standardise(fuser, sample)
     mean = statistics.sharer_statistics(pair, sample)

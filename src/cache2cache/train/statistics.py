@@ -19,7 +19,7 @@ from cache2cache.train.batch import Item, TrainRow
 from cache2cache.verify import check_rotation, geometry_at_rest
 
 STATISTICS_ROWS = 256
-"""Training rows that are measured, the first ones."""
+"""Training rows that are measured: of a stream the first ones, otherwise `spread` over all."""
 
 _POSITIONS = 4096
 """Of those, so many fused positions at most, spread evenly."""
@@ -39,6 +39,12 @@ class Sample:
     """(2, U, H_s, m, D_s) the sharer's, of the U mapped layers in ascending order."""
     their_positions: torch.Tensor
     """(m,)"""
+
+
+def spread(rows: int) -> list[int]:
+    """Which of so many training rows are measured: evenly spread ones, since rows stand source by source."""
+    count = min(STATISTICS_ROWS, rows)
+    return [i * rows // count for i in range(count)]
 
 
 def sample(items: Sequence[Item], pair: C2C) -> Sample:
@@ -67,8 +73,8 @@ def sample(items: Sequence[Item], pair: C2C) -> Sample:
 
 def measured_rows(rows: Sequence[TrainRow]) -> int:
     """How many whole rows have as many positions as are measured of these training rows."""
-    first = rows[:STATISTICS_ROWS]
-    return math.ceil(len(first) / _step(first))
+    measured = [rows[i] for i in spread(len(rows))]
+    return math.ceil(len(measured) / _step(measured))
 
 
 def _step(rows: Sequence[TrainRow]) -> int:
