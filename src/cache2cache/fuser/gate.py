@@ -16,7 +16,7 @@ KINDS: tuple[Kind, ...] = ("keys", "values")
 class GateConfig(BaseModel):
     """How gates begin, which of them may open, and how their temperature falls."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     learned: bool = True
     """False keeps every gate at its initial state, in training too."""

@@ -113,7 +113,7 @@ def _agreed(shards: Shards, title: str, missing: Sequence[Job], state: PartialSt
         try:
             if missing:
                 shards.sweep()
-                _check_room(shards.folder, title, missing)
+                _announce(shards.folder, title, missing)
             verdict = [{job.key for job in missing}]
         except DataError as error:
             verdict = [error]
@@ -123,17 +123,26 @@ def _agreed(shards: Shards, title: str, missing: Sequence[Job], state: PartialSt
     return agreed
 
 
-def _check_room(folder: Path, title: str, missing: Sequence[Job]) -> None:
+def _announce(folder: Path, title: str, missing: Sequence[Job]) -> None:
     """Say what will be added, and raise DataError if the disk has no room for it."""
     size, tokens = sum(job.size for job in missing), sum(job.tokens for job in missing)
-    free = shutil.disk_usage(next(path for path in folder.absolute().parents if path.is_dir())).free
     Console(stderr=True).print(
-        f"{title}: {len(missing):,} to compute ({tokens:,} tokens), {human(size)} to store, {human(free)} free",
+        f"{title}: {len(missing):,} to compute ({tokens:,} tokens), {human(size)} to store, {human(_free(folder))} free",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+    check_disk(folder, title, size)
+
+
+def check_disk(folder: Path, title: str, size: int) -> None:
+    """Raise DataError unless the disk of a folder, which need not be there yet, has room for so many bytes of this title."""
+    free = _free(folder)
     if size * _SPARE > free:
         raise DataError(
             f"no room for {title} on the disk of {folder}",
             got=f"{human(free)} free", allowed=f"at least {human(size * _SPARE)}",
             hint="Free some space, choose another folder, or train without one (--no-features)",
         )  # fmt: skip
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from cache2cache.errors import DataError
 from cache2cache.models.disk import is_full
 
+_WEIGHTS = "weights.txt"
 _ABANDONED = 3600.0
 """Seconds after which a file that was never finished is taken to be a killed process's: writing one takes moments."""
 
@@ -119,6 +120,20 @@ class Shards:
         if not (self.folder / name).exists():
             with self._whole(self.folder / name) as partial:
                 partial.write_text(text)
+
+    def claim(self, weights: str) -> None:
+        """Say which weights the records are made with; the first to say so decides.
+
+        Raises:
+            DataError: the folder holds records of other weights under this model's name. A model may be trained further in the
+                same folder, which its card does not tell.
+        """
+        self.put(_WEIGHTS, weights)
+        if (claimed := (self.folder / _WEIGHTS).read_text()) != weights:
+            raise DataError(
+                f"{self.folder} was computed with other weights of this model", got=weights, allowed=claimed,
+                hint="Choose another folder, or delete this one",
+            )  # fmt: skip
 
     def sweep(self) -> None:
         """Remove what killed processes have left unfinished."""

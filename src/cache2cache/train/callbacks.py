@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from safetensors.torch import save_file
@@ -32,7 +33,7 @@ class Running:
     batches: list[dict[str, Any]] = field(default_factory=list)
     """Of this process, one per forward pass."""
     loss: torch.Tensor | float = 0.0
-    """Their sum so far, nats per response token."""
+    """Their sum so far, nats per response token; of all processes once the step is about to be made."""
     tokens: int = 0
     """Response tokens of all steps so far, over all processes."""
 
@@ -66,6 +67,8 @@ class Halt(TrainerCallback):
         """Raises:
         TrainingError: the loss or a gradient is not finite, or the loss is above the limit.
         """
+        if args.world_size > 1:  # each process has its share, times their number; all see the same and end together
+            self.running.loss = reduce(torch.as_tensor(self.running.loss), "mean")
         loss = float(self.running.loss)
         what = None
         if not math.isfinite(loss) or loss > self.limit:

@@ -1,7 +1,8 @@
 """A run's folder: whose it is, and which of its checkpoints are whole.
 
 A checkpoint counts once its marker is there, which is written last and removed first. So a run that is killed at any moment,
-also while it saves or deletes, goes on from a whole one.
+also while it saves or deletes, goes on from a whole one. The marker says what belongs to the checkpoint, and which rows were
+trained on, so that nothing goes on from less or on other rows.
 """
 
 from __future__ import annotations
@@ -45,7 +46,21 @@ class Checkpoint:
     @property
     def processes(self) -> int:
         """How many wrote it together."""
-        return json.loads((self.folder / _MARKER).read_text(encoding="utf-8"))["processes"]
+        return self._marker()["processes"]
+
+    @property
+    def rows(self) -> str:
+        """Digest of the rows that were trained on."""
+        return self._marker()["rows"]
+
+    def check(self) -> None:
+        """Raise TrainingError if files have gone or have another size than when it was whole."""
+        for name, size in self._marker()["files"].items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                got = f"no {name}" if found is None else f"{name} of {found:,} bytes"
+                raise self._damaged(got, f"{name} of {size:,} bytes")
 
     @property
     def ended(self) -> bool:
@@ -66,6 +81,18 @@ class Checkpoint:
 
     def _state(self) -> dict[str, Any]:
         return json.loads(self.state_file.read_text(encoding="utf-8"))
+
+    def _marker(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / _MARKER).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise self._damaged(f"{_MARKER}: {error}", "the JSON that was written") from error
+
+    def _damaged(self, got: str, allowed: str) -> TrainingError:
+        return TrainingError(
+            f"{self.folder} is damaged", got=got, allowed=allowed,
+            hint="Restore it, or delete it to go on from the checkpoint before it",
+        )  # fmt: skip
 
 
 @contextmanager
@@ -128,9 +155,16 @@ def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
 
 
 def last_complete(output: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run."""
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        TrainingError: it has been damaged since.
+    """
     whole = _whole(output)
-    return whole[-1] if whole else None
+    if not whole:
+        return None
+    whole[-1].check()
+    return whole[-1]
 
 
 def folder_of(output: Path, step: int) -> Path:
@@ -138,13 +172,18 @@ def folder_of(output: Path, step: int) -> Path:
     return output / f"{_PREFIX}{step}"
 
 
-def complete(folder: Path, processes: int) -> None:
-    """Declare a checkpoint whole, once everything in it has reached the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _sync(path)
+def complete(folder: Path, processes: int, rows: str) -> None:
+    """Declare a checkpoint whole, once everything in it has reached the disk.
+
+    Args:
+        rows: digest of the rows that are trained on.
+    """
+    files = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _MARKER}
+    for path in files:
+        _sync(path)
+    named = {path.relative_to(folder).as_posix(): size for path, size in files.items()}
     partial = folder / f"{_MARKER}.partial"
-    partial.write_text(json.dumps({"processes": processes}), encoding="utf-8")
+    partial.write_text(json.dumps({"processes": processes, "rows": rows, "files": named}), encoding="utf-8")
     _sync(partial)
     os.replace(partial, folder / _MARKER)
     _sync(folder)

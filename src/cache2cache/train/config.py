@@ -35,6 +35,14 @@ class FuserPart(_Part):
     sizes: dict[str, Any] = {}
     gate: GateConfig = GateConfig(learned=False, initial_logit=1.0)
 
+    @model_validator(mode="after")
+    def _some_open(self) -> Self:
+        if not self.gate.learned and self.gate.initial_logit <= 0:
+            raise ValueError(
+                "gates that are not learned stay as they begin, and these begin closed: set gate.initial_logit above 0"
+            )
+        return self
+
 
 class Source(_Part):
     """One set of rows: multiple choice (question, choices, answer), short answers (question, answer), or chats (messages)."""
@@ -45,8 +53,8 @@ class Source(_Part):
     """A data set on the hub, `org/name`, whose rows have one of these forms."""
     subset: str | None = None
     """The hub's name for a part of a data set, its config."""
-    split: str = "train"
-    """Of a hub data set."""
+    split: str | None = None
+    """Of a hub data set; train by default."""
     revision: str | None = None
     """Of a hub data set: branch, tag or commit."""
     task: str | None = None
@@ -63,8 +71,8 @@ class Source(_Part):
     def _one_place(self) -> Self:
         if sum(x is not None for x in (self.path, self.hub, self.task)) != 1:
             raise ValueError("a source has exactly one of path, hub, task")
-        if self.hub is None and (self.subset is not None or self.revision is not None):
-            raise ValueError("only hub data sets have a subset or a revision")
+        if self.hub is None and any(x is not None for x in (self.subset, self.split, self.revision)):
+            raise ValueError("only hub data sets have a subset, a split or a revision")
         if self.neighbours > 1 and self.limit is None:
             raise ValueError("neighbours needs a limit: without one all rows are taken")
         return self
@@ -72,7 +80,7 @@ class Source(_Part):
     @property
     def name(self) -> str:
         """What messages call it."""
-        return self.path or self.task or "/".join(x for x in (self.hub, self.subset, self.split) if x)
+        return self.path or self.task or "/".join(x for x in (self.hub, self.subset, self.split or "train") if x)
 
 
 class DataPart(_Part):
@@ -80,7 +88,7 @@ class DataPart(_Part):
 
     train: tuple[Source, ...] = Field(min_length=1)
     validation: tuple[Source, ...] = Field(min_length=1)
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
     """Of samples and mixtures; the run's seed by default. With their own, runs of several seeds share rows and prefills."""
     held_out: tuple[str, ...] = ()
     """Evaluation rows: files in the data folder, or names of tasks. Training rows with the same question, or a run of 13 words
@@ -97,6 +105,14 @@ class DataPart(_Part):
     """Read rows as they come instead of holding them; needs `optim.max_steps` and computes every prefill when it is needed."""
     shuffle_buffer: int = Field(default=1000, gt=0)
     """Rows of a stream among which the next is drawn."""
+
+    @model_validator(mode="after")
+    def _all_weighted(self) -> Self:
+        for sources in (self.train, self.validation):
+            without = [source.name for source in sources if source.weight is None]
+            if 0 < len(without) < len(sources):
+                raise ValueError(f"all sources have a weight or none; without one: {', '.join(without)}")
+        return self
 
 
 class ObjectivePart(_Part):
@@ -184,7 +200,7 @@ class Recipe(_Part):
     sharer: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of both models; the fuser is trained in float32."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of initial weights, the order of rows, and noise; of the rows' sample too, unless `data.seed` is set."""
     fuser: FuserPart = FuserPart()
     data: DataPart

@@ -34,7 +34,7 @@ class Dropped:
 
     place: str
     """Where it lies, as in `Example`."""
-    reason: Literal["same question", "13 words in a row", "too long"]
+    reason: Literal["same question", "13 words in a row", "too long", "no token to learn"]
     held_out: str | None = None
     """Where the question lies that it would give away."""
 

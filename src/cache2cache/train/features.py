@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,17 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 from cache2cache.errors import RecipeError
-from cache2cache.models.disk import human, size
-from cache2cache.models.prefills import PrefillStore
+from cache2cache.models.disk import human
+from cache2cache.models.disk import size as size_of
+from cache2cache.models.filling import check_disk
+from cache2cache.models.prefills import PrefillStore, row_key
 from cache2cache.pipeline import C2C
 from cache2cache.train.arguments import device_of
 from cache2cache.train.batch import Item, Teacher, TrainRow
 from cache2cache.train.config import Machine, Recipe
-from cache2cache.train.prepare import load_pair, prepare_rows
+from cache2cache.train.prepare import Prepared, load_pair, prepare_rows
 from cache2cache.train.statistics import mapped
-from cache2cache.train.taught import TeacherStore
+from cache2cache.train.taught import TeacherStore, position_bytes, untaught
 
 
 class FeatureDataset(Dataset[Item]):
@@ -65,6 +68,44 @@ class FeatureDataset(Dataset[Item]):
         )
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What a folder of features lacks of some rows, each prompt once."""
+
+    own: list[np.ndarray]
+    """What the receiver has to read."""
+    theirs: list[TrainRow]
+    """Of what the sharer has to read."""
+    size: int
+    """Bytes that will be added."""
+
+
+def missing(rows: Sequence[TrainRow], pair: C2C, folder: Path) -> Missing:
+    """Of the features of these rows."""
+    own, theirs = _stores(pair, folder)
+    layers = mapped(pair)
+    prompts = {row_key(ids): ids for ids in (row.row.ids[: row.first_stop] for row in rows)}
+    read = [ids for ids in prompts.values() if not own.holds(ids)]
+    heard = {row_key(_their_ids(row)): row for row in rows}
+    lacking = [row for row in heard.values() if not theirs.holds(_their_ids(row), row.heard_at, layers)]
+    positions = sum(len(np.unique(row.heard_at)) for row in lacking)
+    size = own.bytes_for(sum(map(len, read))) + theirs.bytes_for(positions, len(layers))
+    return Missing(read, lacking, size)
+
+
+def check_room(recipe: Recipe, prepared: Prepared, pair: C2C, folder: Path) -> None:
+    """Before hours of work: whether everything that a run keeps in its folder of features fits on the disk.
+
+    Raises:
+        DataError: it does not.
+    """
+    size = missing([*prepared.train, *prepared.validation], pair, folder).size
+    if recipe.objective.distill:
+        top = recipe.objective.distill_top
+        size += position_bytes(top) * sum(len(row.response) for row in untaught(prepared.train, pair, folder, top))
+    check_disk(folder, "features", size)
+
+
 def precompute(recipe: Recipe, machine: Machine) -> None:
     """Compute and keep what a run of this recipe will read: prefills, and the sharer's distributions if it distils.
 
@@ -72,7 +113,7 @@ def precompute(recipe: Recipe, machine: Machine) -> None:
 
     Raises:
         RecipeError: a recipe that streams its rows, or a machine without a folder of features.
-        DataError: see `PrefillStore.compute`.
+        DataError: see `check_room`, `PrefillStore.compute`.
     """
     if recipe.data.stream:
         raise RecipeError(
@@ -84,6 +125,7 @@ def precompute(recipe: Recipe, machine: Machine) -> None:
     everyone = PartialState(cpu=device_of(machine).type == "cpu")
     pair = load_pair(recipe, machine)
     prepared = prepare_rows(recipe, pair, machine)
+    check_room(recipe, prepared, pair, machine.features)
     folders = []
     if recipe.objective.distill:
         folders.append(TeacherStore(prepared.train, pair, machine.features, recipe.objective.distill_top).folder)
@@ -92,7 +134,7 @@ def precompute(recipe: Recipe, machine: Machine) -> None:
     folders += dict.fromkeys(store.folder for store in _stores(pair, machine.features))
     if everyone.is_main_process:
         for folder in folders:
-            Console().print(f"{folder}: {human(size(folder))}", markup=False, highlight=False, soft_wrap=True)
+            Console().print(f"{folder}: {human(size_of(folder))}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _stores(pair: C2C, folder: Path) -> tuple[PrefillStore, PrefillStore]:

@@ -24,8 +24,8 @@ class Pairing:
     which is the end of the turn."""
     read: np.ndarray
     """(n,) the sharer's last positions before those characters: what it predicts there is what the receiver predicts."""
-    spaced: tuple[bool, bool]
-    """Whether receiver and sharer begin the response with a space of their own."""
+    spaced: np.ndarray
+    """(n, 2) bool: whether receiver and sharer are about to write a space there of their own with the first word."""
 
 
 def paired(row: TrainRow, pair: C2C) -> Pairing:
@@ -46,8 +46,10 @@ def paired(row: TrainRow, pair: C2C) -> Pairing:
     advances = np.append(edges[1:] != edges[:-1], True)
     met = [t for t, edge in enumerate(edges[:count].tolist()) if edge in where and advances[t]]
     read = [len(part.ids) - 1 + where[int(edges[t])] for t in met]
-    ids = np.concatenate([part.ids, theirs])
-    return Pairing(ids, np.array(met, int), np.array(read, int), (own_spaced, their_spaced))
+    met, read = np.array(met, int), np.array(read, int)
+    # Only with the first token; behind one that is a lone space, none is due.
+    spaced = np.stack([own_spaced & (met == 0), their_spaced & (read == len(part.ids) - 1)], axis=1)
+    return Pairing(np.concatenate([part.ids, theirs]), met, read, spaced)
 
 
 def _spelled(lm: LanguageModel, prompt: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -15,10 +15,13 @@ from cache2cache.pipeline import C2C
 from cache2cache.train.arguments import device_of
 from cache2cache.train.config import Machine, Recipe
 from cache2cache.train.costs import batch_bytes, batch_seconds, on_line
-from cache2cache.train.prepare import Prepared, new_config, prepare_rows
+from cache2cache.train.prepare import Prepared, fuser_to_begin_with, new_config, prepare_rows
 from cache2cache.train.statistics import STATISTICS_ROWS, measured_rows
 from cache2cache.train.stream import RowStream
-from cache2cache.train.workload import Reading, Schedule, fetching, heard_by, live, stored, teaching
+from cache2cache.train.workload import Reading, Schedule, columns, fetching, heard_by, live, stored, teaching
+
+_HELD = torch.long.itemsize + torch.float32.itemsize
+"""Bytes in memory of one token of a teacher's distribution."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,15 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     Raises:
         UnknownModelError, ModelError: see `models.skeleton.skeleton`.
         DataError, RecipeError: see `prepare.prepare_rows`.
+        FuserFormatError, FuserMismatchError, RecipeError: see `prepare.fuser_to_begin_with`.
     """
     options = {"dtype": recipe.dtype, "trust_remote_code": machine.trust_remote_code}
     receiver, sharer = skeleton(recipe.receiver, **options), skeleton(recipe.sharer, **options)
     config = new_config(recipe, receiver.lm.card, sharer.lm.card)
     with torch.device("meta"):
         fuser = Fuser.from_config(config)
+    if recipe.fuser.init is not None:
+        fuser_to_begin_with(fuser, recipe.fuser.init)
     pair = C2C(receiver.lm, [sharer.lm], [fuser])
     return _Reckoning(recipe, machine, pair, (receiver, sharer), prepare_rows(recipe, pair, machine)).plan()
 
@@ -86,11 +92,14 @@ class _Reckoning:
         self.devices = device, torch.device(machine.sharer_device or device)
         # Before anything is measured: what a run, too, has when its models are loaded.
         self.process = psutil.Process().memory_info().rss if device.type == "cpu" else 0
-        self.schedule = Schedule.of(recipe, self.rows, len(self.validation))
+        self.schedule = Schedule.of(recipe, self.rows, self.validation)
         self.typical = batch_seconds(pair, recipe, self.schedule.typical, device)
         self.largest = batch_bytes(pair, recipe, self.schedule.largest, device)
+        self.judged = self.largest.judge
+        if columns(self.schedule.judged) > columns(self.schedule.largest):
+            self.judged = batch_bytes(pair, recipe, self.schedule.judged, device).judge
         self.live = self.stored = self.taught = Reading()
-        self.fetch = 0.0
+        self.fetch = self.held = 0.0
         folder = None if recipe.data.stream else machine.features
         if folder is None:
             self.live = live(pair, self.schedule.typical, self.devices)
@@ -98,8 +107,10 @@ class _Reckoning:
             self.stored = stored(pair, [*self.rows, *self.validation], folder, self.devices)
             self.fetch = fetching(pair, self.rows, folder) * len(self.schedule.typical)
         if recipe.objective.distill:
-            top, keep = recipe.objective.distill_top, folder is not None
-            self.taught = teaching(pair, self.rows, top, self.devices[1], keep=keep)
+            top = recipe.objective.distill_top
+            self.taught = teaching(pair, self.rows, top, self.devices[1], folder)
+            if folder is None and not recipe.data.stream:
+                self.held = top * _HELD * sum(len(row.response) for row in self.rows)
         (self.fuser,) = pair.fusers
         self.trained = sum(p.numel() for p in self.fuser.parameters() if p.requires_grad)
         self.tensors = sum(x.numel() for x in self.fuser.state_dict().values())
@@ -143,7 +154,7 @@ class _Reckoning:
         measured = measured_rows(self.rows)
         # Trainer fetches the batches of a step together, and accelerate one more.
         learning = largest.learn + self.recipe.optim.accumulate * largest.collate + self.live.memory
-        training = max(learning, self.moments + largest.judge + self.live.memory)
+        training = max(learning, self.moments + self.judged + self.live.memory)
         statistics = on_line(largest.measure, largest.measure_twice, (batch, 2 * batch), measured)
         reading = max(statistics, self.stored.memory, self.taught.memory)
         theirs = 0.0 if alone else sharer.weights
@@ -156,6 +167,7 @@ class _Reckoning:
             f"sharer on {self.devices[1]}": theirs,
             "fuser": 4 * self.tensors,
             "activations, gradients, optimizer": activations,
+            "distributions of the sharer": self.held,
             "Python, libraries, rows": self.process,
         }
 

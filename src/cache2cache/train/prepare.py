@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from pydantic import ValidationError
@@ -39,6 +41,17 @@ class Prepared:
     avoid: Contamination = field(repr=False)
     """What keeps a stream's rows away from the evaluation."""
 
+    @property
+    def digest(self) -> str:
+        """Of all rows that are held, as both models read them, in order."""
+        found = hashlib.sha256()
+        for rows in (self.train, self.validation):
+            for row in rows:
+                for ids in (row.row.ids, row.row.sharers[0].ids, row.response):  # type: ignore[union-attr]
+                    found.update(len(ids).to_bytes(8, "little") + np.asarray(ids, dtype="<i8").tobytes())
+            found.update(b"rows end here")
+        return found.hexdigest()
+
 
 def load_pair(recipe: Recipe, machine: Machine) -> C2C:
     """Both models and a fresh fuser. A receiver that is its own sharer is loaded once.
@@ -58,12 +71,21 @@ def load_pair(recipe: Recipe, machine: Machine) -> C2C:
     set_seed(recipe.seed)
     fuser = Fuser.from_config(config)
     if recipe.fuser.init is not None:
-        _begin_with(fuser, Fuser.from_pretrained(recipe.fuser.init), recipe.fuser.init)
+        trained = fuser_to_begin_with(fuser, recipe.fuser.init)
+        # The gates, too, if they are to be learned; otherwise those are the recipe's.
+        gates = {} if config.gate.learned else {"gate.logit": fuser.gate.logit.detach()}
+        fuser.load_state_dict(trained.state_dict() | gates)
     return C2C(receiver, [sharer], [fuser])
 
 
-def _begin_with(fuser: Fuser, trained: Fuser, name: str) -> None:
-    """Take over weights and statistics, and the gates if they are to be learned; otherwise those are the recipe's."""
+def fuser_to_begin_with(fuser: Fuser, name: str) -> Fuser:
+    """A trained fuser whose weights and statistics `fuser` can take over.
+
+    Raises:
+        RecipeError: it is of another kind, or has other sizes or another layer map.
+        FuserFormatError, FuserMismatchError, DownloadError: no such fuser, or one of another pair.
+    """
+    trained = Fuser.from_pretrained(name)
     got, wanted = (
         {"kind": x.config.kind, "sizes": x.sizes.model_dump(), "layer_map": list(x.config.layer_map)}
         for x in (trained, fuser)
@@ -75,8 +97,7 @@ def _begin_with(fuser: Fuser, trained: Fuser, name: str) -> None:
             allowed=", ".join(f"{field} {wanted[field]}" for field in other),
         )
     trained.check_pair(fuser.config.receiver, fuser.config.sharer)
-    gates = {} if fuser.config.gate.learned else {"gate.logit": fuser.gate.logit.detach()}
-    fuser.load_state_dict(trained.state_dict() | gates)
+    return trained
 
 
 def new_config(recipe: Recipe, receiver: ModelCard, sharer: ModelCard) -> FuserConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -51,7 +51,7 @@ def train_rows(
     rows, dropped = [], []
     for example in examples:
         try:
-            row = _fitted(example, pair, max_tokens, response_tokens)
+            row = _fitted(example, _Form(pair, max_tokens, response_tokens, fused == "everywhere"))
         except C2CError as error:
             hint = _SHORTEN if isinstance(error, ContextLengthError) else error.hint
             raise type(error)(
@@ -59,26 +59,51 @@ def train_rows(
             ) from error
         if row is None:
             dropped.append(Dropped(example.place, "too long"))
+        elif not (row.response >= 0).any():  # fused everywhere, and both models are nowhere at the same character
+            dropped.append(Dropped(example.place, "no token to learn"))
         else:
-            row = replace(row, place=example.place)
-            rows.append(everywhere(row, pair) if fused == "everywhere" else row)
+            rows.append(replace(row, place=example.place))
     return rows, dropped
 
 
-def _fitted(example: Example, pair: C2C, max_tokens: int | None, response_tokens: int | None) -> TrainRow | None:
-    if max_tokens is None:
-        row = _row(example.messages, example.response, pair, response_tokens)
-        _check(_lengths(row, pair, response_tokens), pair)
+@dataclass(frozen=True)
+class _Form:
+    """What rows are made to be."""
+
+    pair: C2C
+    max_tokens: int | None
+    response_tokens: int | None
+    everywhere: bool
+
+    def row(self, messages: Sequence[Message], response: str) -> TrainRow:
+        """Raise ContextLengthError if it is too long."""
+        row = _row(messages, response, self.pair, self.response_tokens)
+        self._check(_lengths(row, self.pair, self.response_tokens))
+        if self.everywhere:  # the sharer reads as far as the receiver's tokens reach, which may be further
+            row = everywhere(row, self.pair)
+            self._check((len(row.row.ids) + 1, len(row.row.sharers[0].ids)))  # type: ignore[union-attr]
         return row
+
+    def _check(self, lengths: tuple[int, int]) -> None:
+        for lm, length in zip((self.pair.receiver, *self.pair.sharers), lengths, strict=True):
+            longest = [x for x in (lm.card.geometry.max_positions, self.max_tokens) if x is not None]
+            if longest and length > min(longest):
+                raise ContextLengthError(
+                    f"prompt and response do not fit into the context of {lm.card.id}",
+                    got=f"{length} tokens",
+                    allowed=min(longest),
+                )
+
+
+def _fitted(example: Example, form: _Form) -> TrainRow | None:
+    if form.max_tokens is None:
+        return form.row(example.messages, example.response)
 
     def fitting(words: int) -> TrainRow | None:
         try:
-            row = _row(shortened(example.messages, words), example.response, pair, response_tokens)
-            lengths = _lengths(row, pair, response_tokens)
-            _check(lengths, pair)
+            return form.row(shortened(example.messages, words), example.response)
         except ContextLengthError:
             return None
-        return row if max(lengths) <= max_tokens else None
 
     most = sum(len(_WORD.findall(message["content"])) for message in example.messages)
     least = sum(bool(message["content"].strip()) for message in example.messages)
@@ -134,14 +159,3 @@ def _lengths(row: TrainRow, pair: C2C, response_tokens: int | None) -> tuple[int
     assert part is not None, "every training row has a sharer"
     theirs = [*_answer(sharer, part.ids, row.text), None][:response_tokens]
     return len(row.row.ids) + len(row.response), len(part.ids) + len(theirs)
-
-
-def _check(lengths: tuple[int, int], pair: C2C) -> None:
-    for lm, length in zip((pair.receiver, *pair.sharers), lengths, strict=True):
-        longest = lm.card.geometry.max_positions
-        if longest is not None and length > longest:
-            raise ContextLengthError(
-                f"prompt and response do not fit into the context of {lm.card.id}",
-                got=f"{length} tokens",
-                allowed=longest,
-            )

@@ -23,7 +23,7 @@ from cache2cache.train.batch import Collator, Item
 from cache2cache.train.config import Machine, Recipe
 from cache2cache.train.contamination import Dropped, write_dropped
 from cache2cache.train.dropout import SharerDropout
-from cache2cache.train.features import FeatureDataset
+from cache2cache.train.features import FeatureDataset, check_room
 from cache2cache.train.measures import SHOWN
 from cache2cache.train.order import Order
 from cache2cache.train.prepare import Prepared, load_pair, prepare_rows, say
@@ -43,7 +43,8 @@ def train(recipe: Recipe, output: Path, machine: Machine, *, resume: bool = Fals
         resume: go on with the run in `output`, from its last whole checkpoint if it has one.
 
     Raises:
-        TrainingError: see `checkpoints.held`, `callbacks.Halt`; also a checkpoint of another number of processes.
+        TrainingError: see `checkpoints.held`, `checkpoints.last_complete`, `callbacks.Halt`; also a checkpoint of another number
+            of processes, or of other rows.
         DataError, RecipeError: rows or fields that cannot be trained on.
         ModelError, UnknownModelError, DownloadError: a model that cannot take part or be had.
     """
@@ -59,6 +60,11 @@ def train(recipe: Recipe, output: Path, machine: Machine, *, resume: bool = Fals
             )  # fmt: skip
         pair = load_pair(recipe, machine)
         prepared = prepare_rows(recipe, pair, machine)
+        if checkpoint is not None and checkpoint.rows != prepared.digest:
+            raise TrainingError(
+                "the rows are no longer those that the run began with",
+                hint=f"Restore the data, or give another --output; {output} was trained on other rows",
+            )
         trainer = trainer_of(recipe, pair, prepared, machine, args)
         if machine.features is not None and not recipe.data.stream:
             _release_sharer(pair)
@@ -80,6 +86,8 @@ def trainer_of(
     objective, optim, folder = recipe.objective, recipe.optim, machine.features
     statistics.check_rotations(pair)
     rows: Dataset[Item]
+    if folder is not None and not recipe.data.stream:
+        check_room(recipe, prepared, pair, folder)
     if recipe.data.stream:
         rows, order = RowStream(recipe, pair, machine, prepared.avoid), None
         measured = rows.first(statistics.STATISTICS_ROWS)
@@ -94,7 +102,7 @@ def trainer_of(
         order = Order(lengths, seed=recipe.seed, group=group)
         validation = FeatureDataset(prepared.validation, pair, folder)
     step = _step(recipe, pair, measured)
-    trainer = FuserTrainer(step, pair, recipe, args, Collator(pair), rows, validation, order, teach)
+    trainer = FuserTrainer(step, pair, recipe, args, Collator(pair), rows, validation, order, prepared.digest, teach)
     set_seed(recipe.seed + args.process_index)  # gates and dropout draw their own noise on each process
     return trainer
 

@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from cache2cache.errors import C2CError, DataError, MissingExtraError, RecipeError
+from cache2cache.errors import C2CError, DataError, MissingExtraError
 from cache2cache.evaluate import tasks
 from cache2cache.evaluate.tasks.files import rows_of
 from cache2cache.evaluate.tasks.hub import open_rows
@@ -40,7 +40,6 @@ def read(
 
     Raises:
         DataError: no such file, a row of another form, or fewer rows than a limit asks for.
-        RecipeError: a source without a weight beside one that has one.
         DownloadError, MissingExtraError: of hub data sets; see `evaluate.tasks.hub.open_rows`.
     """
     weights = _weights(sources)
@@ -58,8 +57,8 @@ def read(
 
 
 def _sample(rows: list[Example], source: Source, draw: random.Random) -> list[Example]:
-    if source.limit is None:
-        return rows
+    if source.limit is None:  # of a mixture the first rows may be all that is taken, and files are often sorted
+        return rows if source.weight is None else draw.sample(rows, len(rows))
     if source.neighbours == 1:
         return draw.sample(rows, source.limit)
     starts = range(0, len(rows), source.neighbours)
@@ -93,7 +92,7 @@ def stream(
         buffer: rows among which the next is drawn.
 
     Raises:
-        RecipeError: see `read`. What is wrong with rows is raised when they come: see there, too.
+        DataError, DownloadError, MissingExtraError: see `read`; what is wrong with rows is raised when they come.
     """
     weights = _weights(sources)
 
@@ -127,7 +126,7 @@ def raw_rows(source: Source, machine: Machine, *, streaming: bool = False) -> It
     """
     if source.path is None:
         assert source.hub is not None, "a task has items, not rows"
-        opened = open_rows(source.hub, source.subset, source.split, source.revision, streaming=streaming)
+        opened = open_rows(source.hub, source.subset, source.split or "train", source.revision, streaming=streaming)
         yield from ((f"{source.name}, row {number}", row) for number, row in opened)
         return
     path = machine.file(source.path)
@@ -169,13 +168,7 @@ def _examples(
 
 
 def _weights(sources: Sequence[Source]) -> list[float] | None:
-    weights = [source.weight for source in sources if source.weight is not None]
-    if weights and len(weights) < len(sources):
-        without = ", ".join(source.name for source in sources if source.weight is None)
-        raise RecipeError(
-            "some sources have a weight and others none", got=f"none for {without}", allowed="all or none"
-        )
-    return weights or None
+    return [source.weight for source in sources if source.weight is not None] or None
 
 
 def _mixed(

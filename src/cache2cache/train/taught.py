@@ -16,9 +16,9 @@ from cache2cache.models.load import weights_fingerprint
 from cache2cache.models.shards import Shards, damaged
 from cache2cache.pipeline import C2C
 from cache2cache.train.batch import Teacher, TrainRow
-from cache2cache.train.teacher import SharedVocabulary, teachers
+from cache2cache.train.teacher import SharedVocabulary, end_of_answer, teachers
 
-_FORMULA = 1
+_FORMULA = 2
 """Of what `teacher.teachers` computes: to be raised with every change of it, so that nothing stale is used."""
 
 _BATCH_ROWS = 64
@@ -58,7 +58,7 @@ class _Lesson:
 class TeacherStore(Sequence[Teacher]):
     """Distributions of training rows on disk, (T, K) ids and log-probabilities each.
 
-    They are keyed by what the sharer reads, and lie in a folder named after both tokenizers, the sharer's weights and K.
+    They are keyed by what the sharer reads, and lie in a folder named after the sharer, both tokenizers and K.
 
     Args:
         rows: computed first where they are missing. With several processes, each computes a part.
@@ -68,16 +68,12 @@ class TeacherStore(Sequence[Teacher]):
 
     def __init__(self, rows: Sequence[TrainRow], pair: C2C, root: str | Path, top: int):
         (sharer,) = pair.sharers
-        identity = {
-            "sharer": sharer.card.model_dump(mode="json"), "dtype": str(sharer.dtype),
-            "weights": weights_fingerprint(sharer.model), "receiver_tokenizer": pair.receiver.card.tokenizer,
-            "top": top, "formula": _FORMULA,
-        }  # fmt: skip
-        self._shards = Shards(root, f"teacher-{sharer.card.id}", identity, "teacher")
+        self._shards = _shards(pair, root, top)
+        self._shards.claim(weights_fingerprint(sharer.model))
         self._keys = [_key(row) for row in rows]
         self._lengths = [len(row.response) for row in rows]
         self._top = top
-        size = top * (_ID_DTYPE.itemsize + torch.float32.itemsize)  # bytes of one position
+        size = position_bytes(top)
         lessons = {key: _Lesson(key, row, size * len(row.response)) for key, row in zip(self._keys, rows, strict=True)}
         vocabulary = cache(lambda: SharedVocabulary(pair))  # not needed where nothing is missing
         fill(
@@ -107,10 +103,32 @@ class TeacherStore(Sequence[Teacher]):
         return Teacher(ids.long(), logprobs)
 
 
+def untaught(rows: Sequence[TrainRow], pair: C2C, root: Path, top: int) -> list[TrainRow]:
+    """The rows of which a `TeacherStore` would compute something, each once."""
+    shards = _shards(pair, root, top)
+    return [row for key, row in {_key(row): row for row in rows}.items() if not shards.holders(key + _IDS)]
+
+
+def _shards(pair: C2C, root: str | Path, top: int) -> Shards:
+    (sharer,), (fuser,) = pair.sharers, pair.fusers
+    identity = {
+        "sharer": sharer.card.model_dump(mode="json"), "dtype": str(sharer.dtype),
+        "receiver_tokenizer": pair.receiver.card.tokenizer,
+        "end": end_of_answer(sharer.tokenizer, fuser.config.sharer_template),
+        "top": top, "formula": _FORMULA,
+    }  # fmt: skip
+    return Shards(root, f"teacher-{sharer.card.id}", identity, "teacher")
+
+
 def _key(row: TrainRow) -> str:
     part = row.row.sharers[0]
     read = [part.ids.tolist(), row.response.tolist(), row.text]  # type: ignore[union-attr]
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:24]
+
+
+def position_bytes(top: int) -> int:
+    """Disk space of one distribution."""
+    return top * (_ID_DTYPE.itemsize + torch.float32.itemsize)
 
 
 def _batched(lessons: Sequence[_Lesson]) -> Iterator[Sequence[_Lesson]]:

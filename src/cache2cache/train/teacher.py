@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -89,17 +90,18 @@ def _predicted(sharer: LanguageModel, batch: Sequence[_Lesson]) -> tuple[torch.T
 def _teacher(lesson: _Lesson, logits: torch.Tensor, vocabulary: SharedVocabulary, top: int) -> Teacher:
     ids = torch.zeros((len(lesson.response), top), dtype=torch.long)
     logprobs = torch.full(ids.shape, -torch.inf)
-    met = lesson.pairing.met
-    first = int((met == 0).sum())  # its text may lack a space, that of the others does not
-    for part, spaced in ((slice(first), lesson.pairing.spaced), (slice(first, None), (False, False))):
-        if not len(met[part]):
+    both = lesson.pairing
+    taught = both.met < len(lesson.response) - (vocabulary.end is None)
+    for own, their in product((False, True), repeat=2):
+        part = np.flatnonzero(taught & (both.spaced == (own, their)).all(axis=1))
+        if not len(part):
             continue
-        sources, targets, tokens = vocabulary.shared(int(lesson.response[-1]), *spaced)
-        p = logits[part].float().softmax(-1).cpu()
+        sources, targets, tokens = vocabulary.shared(int(lesson.response[-1]), own, their)
+        p = logits[torch.as_tensor(part)].float().softmax(-1).cpu()
         shared = p.new_zeros((len(p), len(tokens))).index_add_(1, targets, p[:, sources])
         best, at = shared.topk(min(top, len(tokens)))
         total = best.sum(1, keepdim=True)
-        rows = torch.as_tensor(met[part])[:, None], torch.arange(best.shape[1])
+        rows = torch.as_tensor(both.met[part])[:, None], torch.arange(best.shape[1])
         ids[rows] = tokens[at]
         logprobs[rows] = torch.where(total > 0, (best / total).log(), -torch.inf)
     return Teacher(ids, logprobs)
@@ -111,7 +113,8 @@ class SharedVocabulary:
     def __init__(self, pair: C2C):
         (sharer,), (fuser,) = pair.sharers, pair.fusers
         self._receiver, self._sharer = _texts(pair.receiver.tokenizer), _texts(sharer.tokenizer)
-        self._end = _end_of_answer(sharer.tokenizer, fuser.config.sharer_template)
+        self.end = end_of_answer(sharer.tokenizer, fuser.config.sharer_template)
+        """The sharer's token; None where a response's end has no teacher."""
         self.shared = cache(self._shared)
 
     def _shared(
@@ -129,8 +132,8 @@ class SharedVocabulary:
         said = ((i, text.removeprefix(" " * their_spaced)) for i, text in self._sharer.items())
         pairs = [(i, place[text]) for i, text in said if text in place]
         tokens = list(own.values())
-        if self._end is not None:
-            pairs.append((self._end, len(tokens)))
+        if self.end is not None:
+            pairs.append((self.end, len(tokens)))
             tokens.append(end)
         if not pairs:
             raise DataError("receiver and sharer have no token in common", hint="Train without objective.distill")
@@ -150,7 +153,7 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {i: text for i, text in texts if text and "\ufffd" not in text}
 
 
-def _end_of_answer(tokenizer: PreTrainedTokenizerBase, template: str | None) -> int | None:
+def end_of_answer(tokenizer: PreTrainedTokenizerBase, template: str | None) -> int | None:
     """The special token that a template writes behind an answer, None if it goes on with text."""
     whole = render(tokenizer, _DIALOGUE, template=template, add_generation_prompt=False)  # type: ignore[arg-type]
     behind = whole.ids[whole.starts >= whole.ranges[-1][1]].tolist()

@@ -29,6 +29,7 @@ class FuserTrainer(Trainer):
 
     Args:
         order: how the training rows are drawn; None for a stream, which has its own order.
+        digest: of the rows, for checkpoints.
         teach: adds teachers to the batches of a step; none by default.
     """
 
@@ -42,10 +43,11 @@ class FuserTrainer(Trainer):
         train_rows: Dataset | IterableDataset,
         validation_rows: Dataset,
         order: Order | None,
+        digest: str,
         teach: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ):
         self.running, self.fuser = Running(), step.fuser
-        self._recipe, self._order, self._teach = recipe, order, teach
+        self._recipe, self._order, self._digest, self._teach = recipe, order, digest, teach
         output = Path(args.output_dir or "")
         self.bar = Bar(self.running)
         callbacks: list[TrainerCallback] = [
@@ -142,7 +144,8 @@ class FuserTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             output = Path(self.args.output_dir)  # type: ignore[arg-type]
-            checkpoints.complete(checkpoints.folder_of(output, self.state.global_step), self.args.world_size)
+            folder = checkpoints.folder_of(output, self.state.global_step)
+            checkpoints.complete(folder, self.args.world_size, self._digest)
             checkpoints.prune(output, self._recipe.watch.keep, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
 
@@ -159,7 +162,12 @@ class FuserTrainer(Trainer):
             self.load_fuser(Path(self.state.best_model_checkpoint))  # type: ignore[arg-type]
 
     def load_fuser(self, folder: Path) -> None:
-        """Take a checkpoint's weights, all of them; Trainer's own way only warns of those that are missing."""
+        """Take a checkpoint's weights, all of them; Trainer's own way only warns of those that are missing.
+
+        Raises:
+            TrainingError: the checkpoint is damaged.
+        """
+        checkpoints.Checkpoint(folder).check()
         self.fuser.load_state_dict(load_file(folder / WEIGHTS))
 
 

@@ -20,8 +20,10 @@ from cache2cache.pipeline import C2C
 from cache2cache.train.batch import TrainRow
 from cache2cache.train.config import Recipe
 from cache2cache.train.costs import prefill_cost
+from cache2cache.train.features import missing
 from cache2cache.train.order import Order
 from cache2cache.train.statistics import mapped
+from cache2cache.train.taught import position_bytes, untaught
 
 Batch = Sequence[TrainRow]
 
@@ -37,14 +39,16 @@ class Schedule:
     passes: int
     """Forward and backward, one batch each."""
     validations: int
-    validation_passes: int
-    """Batches of all validations."""
+    validation_passes: float
+    """Batches of all validations, counted in typical training batches."""
     typical: Batch
     """Of the training batches the one that is nearest to their mean size, padding included."""
     largest: Batch
+    judged: Batch
+    """The largest of the validation."""
 
     @classmethod
-    def of(cls, recipe: Recipe, rows: Sequence[TrainRow], validation_rows: int) -> Schedule:
+    def of(cls, recipe: Recipe, rows: Sequence[TrainRow], validation: Sequence[TrainRow]) -> Schedule:
         """What a recipe makes of its rows; of a stream, `rows` are the first ones."""
         optim = recipe.optim
         batches = _batches(recipe, rows)
@@ -54,14 +58,17 @@ class Schedule:
         passes = steps * optim.accumulate if recipe.data.stream else round(steps * len(batches) / per_epoch)
         full = [batch for batch in batches if len(batch) == len(batches[0])]
         mean = sum(map(columns, full)) / len(full)
+        typical = min(full, key=lambda batch: abs(columns(batch) - mean))
         validations = math.ceil(steps / recipe.watch.eval_steps)  # the last step is always validated
+        judged = [validation[at : at + optim.batch_size] for at in range(0, len(validation), optim.batch_size)]
         return cls(
             steps,
             passes,
             validations,
-            validations * math.ceil(validation_rows / optim.batch_size),
-            min(full, key=lambda batch: abs(columns(batch) - mean)),
+            validations * sum(map(_cells, judged)) / _cells(typical),
+            typical,
             max(full, key=columns),
+            max(judged, key=_cells),
         )
 
     def checkpoints(self, keep: int) -> int:
@@ -76,6 +83,10 @@ def _batches(recipe: Recipe, rows: Sequence[TrainRow]) -> list[Batch]:
     order = list(Order(lengths, seed=recipe.seed, group=optim.batch_size * optim.accumulate if optim.bucket else None))
     starts = range(0, len(order), optim.batch_size)
     return [[rows[i] for i in order[start : start + optim.batch_size]] for start in starts]
+
+
+def _cells(batch: Batch) -> int:
+    return len(batch) * columns(batch)
 
 
 def columns(batch: Batch) -> int:
@@ -111,16 +122,9 @@ Devices = tuple[torch.device, torch.device]
 
 def stored(pair: C2C, rows: Sequence[TrainRow], folder: Path, devices: Devices) -> Reading:
     """Of the features that are not in `folder` yet."""
-    (sharer,), layers = pair.sharers, mapped(pair)
-    own = {row_key(prompt): prompt for prompt in (row.row.ids[: row.first_stop] for row in rows)}
-    store = PrefillStore(folder, pair.receiver.card, pair.receiver.dtype)
-    own = [prompt for prompt in own.values() if not store.holds(prompt)]
-    result = _read(pair.receiver, own, devices[0], store.bytes_for(sum(map(len, own))))
-    store = PrefillStore(folder, sharer.card, sharer.dtype)
-    theirs = {row_key(heard_by(row)): row for row in rows}
-    lacking = [row for row in theirs.values() if not store.holds(heard_by(row), row.heard_at, layers)]
-    positions = sum(len(np.unique(row.heard_at)) for row in lacking)
-    return result + _read(sharer, [*map(heard_by, lacking)], devices[1], store.bytes_for(positions, len(layers)))
+    (sharer,), lacking = pair.sharers, missing(rows, pair, folder)
+    read = _read(pair.receiver, lacking.own, devices[0], lacking.size)
+    return read + _read(sharer, [*map(heard_by, lacking.theirs)], devices[1], 0.0)
 
 
 def fetching(pair: C2C, rows: Sequence[TrainRow], folder: Path) -> float:
@@ -152,19 +156,22 @@ def live(pair: C2C, batch: Batch, devices: Devices) -> Reading:
     return sum((Reading(*prefill_cost(lm, len(batch), n, device)) for lm, n, device in found), Reading())
 
 
-def teaching(pair: C2C, rows: Sequence[TrainRow], top: int, device: torch.device, *, keep: bool) -> Reading:
-    """Of the sharer's distributions along the responses, all of them.
+def teaching(pair: C2C, rows: Sequence[TrainRow], top: int, device: torch.device, folder: Path | None) -> Reading:
+    """Of the sharer's distributions along the responses that are not in `folder` yet; of all if they are not kept.
 
     The sharer reads the responses too, and its output head takes as long for a token as layers with as many weights.
 
     Args:
         top: tokens of a distribution.
-        keep: whether they are stored.
     """
     (sharer,) = pair.sharers
+    if folder is not None:
+        rows = untaught(rows, pair, folder, top)
+    if not rows:
+        return Reading()
     tokens = sum(len(row.response) for row in rows)
     read = [np.concatenate([heard_by(row), row.response]) for row in rows]
-    reading = _read(sharer, read, device, tokens * top * 8.0 if keep else 0.0)
+    reading = _read(sharer, read, device, 0.0 if folder is None else tokens * position_bytes(top))
     layers = sum(weight.numel() for weight in layer_weights(sharer))
     head = head_weight(sharer).numel() / layers * tokens / sum(map(len, read))
     return Reading(reading.seconds * (1 + head), reading.memory, reading.disk)

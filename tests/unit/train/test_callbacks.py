@@ -14,10 +14,11 @@ from cache2cache import C2C
 from cache2cache.errors import TrainingError
 from cache2cache.fuser.gate import GateConfig
 from cache2cache.testing import random_fuser
+from cache2cache.train import callbacks
 from cache2cache.train.callbacks import Anneal, Bar, Halt, Running
 from cache2cache.train.config import ObjectivePart
 
-ARGS = SimpleNamespace(process_index=0)
+ARGS = SimpleNamespace(process_index=0, world_size=1)
 
 
 def state(step: int, max_steps: int = 100) -> SimpleNamespace:
@@ -61,6 +62,23 @@ def test_a_loss_that_is_not_finite_or_explodes_ends_the_run_with_the_batch_saved
         {"place": "a.jsonl, line 1", "prompt": "what?", "response": "it"},
         {"place": "a.jsonl, line 7", "prompt": "who?", "response": "I"},
     ]
+
+
+def test_of_several_processes_the_loss_counts_that_all_have_together(c2c, tmp_path, monkeypatch):
+    """Each has its rows' part of it, times their number, so one with long responses may have many times the whole."""
+    others = [0.4]
+    monkeypatch.setattr(callbacks, "reduce", lambda loss, how: {"mean": (loss + others[0]) / 2}[how])
+    halt = Halt(
+        c2c,
+        ObjectivePart(),
+        running(c2c, 1.5 * Halt(c2c, ObjectivePart(), running(c2c, 0.0), tmp_path).limit),
+        tmp_path,
+    )
+    two = SimpleNamespace(process_index=0, world_size=2)
+    halt.on_pre_optimizer_step(two, state(7), None, model=c2c.fusers[0])
+    others[0] = math.nan
+    with pytest.raises(TrainingError, match="is not finite in step 8"):
+        halt.on_pre_optimizer_step(two, state(7), None, model=c2c.fusers[0])
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_is_named(c2c, tmp_path):

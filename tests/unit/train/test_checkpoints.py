@@ -18,7 +18,7 @@ def save(output, step: int, *, whole: bool = True, max_steps: int = 100, stop: b
     state["stateful_callbacks"] = {"TrainerControl": control}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     if whole:
-        complete(folder, 2)
+        complete(folder, 2, "rows")
     return folder
 
 
@@ -30,6 +30,24 @@ def test_the_last_whole_checkpoint_counts_by_its_step(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     found = last_complete(tmp_path)
     assert found is not None and found.step == 100 and found.processes == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "got no trainer_state.json"),
+        (lambda path: path.write_text(path.read_text()[:9]), "got trainer_state.json of 9 bytes"),
+        (lambda path: path.with_name("complete.json").write_text("{"), "got complete.json: "),
+    ],
+)
+def test_nothing_goes_on_from_a_damaged_checkpoint(tmp_path, damage, said):
+    save(tmp_path, 8)
+    damage(save(tmp_path, 16) / "trainer_state.json")
+    with pytest.raises(TrainingError, match=rf"checkpoint-16 is damaged; {said}.*delete it to go on"):
+        last_complete(tmp_path)
+    shutil.rmtree(folder_of(tmp_path, 16))
+    found = last_complete(tmp_path)
+    assert found is not None and found.step == 8
 
 
 @pytest.mark.parametrize(

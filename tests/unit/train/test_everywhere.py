@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from cache2cache import C2C
+from cache2cache.errors import ContextLengthError
 from cache2cache.fuser.gate import GateConfig
 from cache2cache.inputs import Row, SharerRow
-from cache2cache.testing import random_fuser, tiny_pair
+from cache2cache.testing import WORDS, random_fuser, tiny_model, tiny_pair, tiny_tokenizer
 from cache2cache.train.batch import Collator, Example, Item, TrainRow
 from cache2cache.train.config import ObjectivePart, Recipe
+from cache2cache.train.contamination import Dropped
 from cache2cache.train.rows import train_rows
 from cache2cache.train.step import TrainingStep
 
@@ -123,3 +125,40 @@ def test_a_recipe_says_what_it_cannot_be_combined_with():
         Recipe.model_validate(plain)
     with pytest.raises(ValueError, match='need fused = "prompt"'):
         ObjectivePart(fused="everywhere", contrastive=0.5)
+
+
+LONG = "question answer assistant color system question answer assistant color system"
+
+
+@pytest.mark.parametrize("limits", [{"max_tokens": 30}, {"max_tokens": 60}, {}])
+def test_what_the_sharer_reads_of_a_response_counts(limits):
+    """Of four of the receiver's words it reads all letters."""
+    receiver = tiny_model("qwen3", tokenizer=tiny_tokenizer(merge=WORDS), name="tiny-receiver")
+    sharer = tiny_model("llama", 1, name="tiny-sharer", max_position_embeddings=40)
+    pair = C2C(receiver, [sharer], [random_fuser(receiver, sharer, gate=OPEN)])
+    example = Example([{"role": "user", "content": "what"}], LONG, "", "a, line 1")
+    if limits:
+        assert [
+            row.reason for row in train_rows([example], pair, response_tokens=4, fused="everywhere", **limits)[1]
+        ] == ["too long"]
+    else:
+        with pytest.raises(
+            ContextLengthError, match="a, line 1: .* context of tiny-sharer; got 4[0-9] tokens; allowed: 40"
+        ):
+            train_rows([example], pair, response_tokens=4, fused="everywhere")
+    assert len(train_rows([example], pair, response_tokens=4)[0]) == 1, "of the prompt alone less is read"
+
+
+def test_a_row_of_which_nothing_can_be_learned_is_named():
+    """The receiver begins with a lone space, where the sharer is in the middle of its first word."""
+    template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}\nAnswer:{% endif %}"
+    receiver = tiny_model("qwen3", name="tiny-receiver")
+    sharer = tiny_model("llama", 1, tokenizer=tiny_tokenizer(merge=WORDS), name="tiny-sharer")
+    fuser = random_fuser(receiver, sharer, gate=OPEN, receiver_template=template, sharer_template=template)
+    example = Example([{"role": "user", "content": "hm"}], "the color", "", "a, line 1")
+    pair = C2C(receiver, [sharer], [fuser])
+    assert train_rows([example], pair, response_tokens=1, fused="everywhere") == (
+        [],
+        [Dropped("a, line 1", "no token to learn")],
+    )
+    assert len(train_rows([example], pair, response_tokens=2, fused="everywhere")[0]) == 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from cache2cache.testing import random_fuser, tiny_pair
 from cache2cache.train import prepare, taught
 from cache2cache.train.batch import Collator, Example, Teacher
 from cache2cache.train.config import Machine, Recipe
-from cache2cache.train.features import FeatureDataset, precompute
+from cache2cache.train.features import FeatureDataset, missing, precompute
 from cache2cache.train.rows import train_rows
+from cache2cache.train.run import train
 from cache2cache.train.taught import TeacherStore
 
 CHATS = [
@@ -175,9 +178,6 @@ def test_distributions_are_keyed_by_all_that_changes_them(pair, tmp_path, asked)
     pair[0].card = pair[0].card.model_copy(update={"tokenizer": "another"})
     TeacherStore([row], c2c, tmp_path, 3)
     assert len(asked) == 5, "another tokenizer of the receiver"
-    next(pair[1].model.parameters()).data[0, 0] += 1
-    TeacherStore([row], c2c, tmp_path, 3)
-    assert len(asked) == 6, "a sharer that was trained further"
 
 
 def test_a_damaged_shard_of_distributions_is_named(pair, tmp_path, asked):
@@ -230,3 +230,40 @@ def test_nothing_can_be_computed_ahead_of_a_stream(recipe, tmp_path):
         precompute(streamed, Machine(tmp_path, tmp_path / "features"))
     with pytest.raises(RecipeError, match="features need a folder"):
         precompute(recipe, Machine(tmp_path))
+
+
+def test_distributions_are_computed_anew_where_a_template_ends_an_answer_otherwise(pair, tmp_path):
+    """What the sharer reads is the same."""
+    template = (
+        "{{ messages[0]['content'] }}{% if messages|length > 1 %}{{ messages[1]['content'] }}<|im_end|>{% endif %}"
+    )
+    for ending in ("<|im_end|>", "!"):
+        c2c = c2c_of(pair, sharer_template=template.replace("<|im_end|>", ending))
+        rows = train_rows([Example(CHATS[0], "yes", "", "here")], c2c)[0]
+        end = TeacherStore(rows, c2c, tmp_path, 400)[0].logprobs[-1]
+        assert bool(end.isfinite().any()) == (ending != "!")
+
+
+def test_distributions_of_other_weights_are_refused(pair, tmp_path):
+    c2c = c2c_of(pair)
+    TeacherStore(rows_of(c2c), c2c, tmp_path, 3)
+    for weight in pair[1].model.parameters():
+        weight.data += 0.5
+    with pytest.raises(DataError, match="with other weights of this model"):
+        TeacherStore(rows_of(c2c), c2c, tmp_path, 3)
+
+
+def test_room_for_everything_is_asked_for_before_anything_is_computed(recipe, tmp_path, monkeypatch):
+    """Each part of it has room."""
+    features = tmp_path / "features"
+    machine = Machine(tmp_path, features, "cpu")
+    pair = prepare.load_pair(recipe, machine)
+    prepared = prepare.prepare_rows(recipe, pair, machine)
+    needed = missing([*prepared.train, *prepared.validation], pair, features).size
+    parts = [missing(rows, pair, features).size for rows in (prepared.train, prepared.validation)]
+    assert needed == sum(parts) > 1.05 * max(parts)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    for run in (lambda: precompute(recipe, machine), lambda: train(recipe, tmp_path / "out", machine)):
+        with pytest.raises(DataError, match="no room for features on the disk"):
+            run()
+        assert not list(features.rglob("*.safetensors"))

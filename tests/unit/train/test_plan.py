@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache2cache.errors import UnknownModelError
+from cache2cache.errors import C2CError, UnknownModelError
 from cache2cache.fuser.gate import GateConfig
 from cache2cache.inputs import Row, SharerRow
 from cache2cache.models import catalogue
@@ -72,6 +72,11 @@ def test_distributions_of_the_sharer(models, recipe, machine, folders):
     response_tokens = promised.counts["response tokens"]
     assert promised.disk["distributions of the sharer"] == 8 * 8 * response_tokens <= tensors_in(teachers)
     assert promised.time["distributions of the sharer"] > 0
+    again = plan(recipe(**folders, objective={"distill": 1.0, "distill_top": 8}), machine)
+    assert again.disk["distributions of the sharer"] == again.time["distributions of the sharer"] == 0
+    unkept = dataclasses.replace(machine, features=None)
+    held = plan(recipe(**folders, objective={"distill": 1.0, "distill_top": 8}), unkept)
+    assert held.memory["distributions of the sharer"] == 8 * 12 * response_tokens
 
 
 def test_reading_features_is_measured_where_there_are_some(models, recipe, machine):
@@ -224,18 +229,31 @@ def test_a_deep_model_is_measured_on_a_few_layers(recipe, machine, tmp_path, mon
     ],
 )
 def test_steps_and_passes(recipe, rows, optim, steps, passes, validations):
-    found = Schedule.of(recipe(optim=optim, watch={"eval_steps": 4}), [row_of(5)] * rows, validation_rows=9)
+    found = Schedule.of(recipe(optim=optim, watch={"eval_steps": 4}), [row_of(5)] * rows, [row_of(5)] * 9)
     assert (found.steps, found.passes) == (steps, passes)
-    assert (found.validations, found.validation_passes) == (validations, validations * 3)
+    assert found.validations == validations
+    assert found.validation_passes == pytest.approx(validations * 9 / min(rows, 4))
     assert found.checkpoints(keep=1) == min(2, validations)
 
 
 def test_typical_and_largest_batch(recipe):
     rows = [row_of(length) for length in [10] * 7 + [90]]
-    found = Schedule.of(recipe(optim={"batch_size": 1}), rows, validation_rows=1)
+    found = Schedule.of(recipe(optim={"batch_size": 1}), rows, rows[:1])
     assert [len(row.row.ids) for row in (*found.typical, *found.largest)] == [10, 90]
-    assert all(len(batch) == 3 for batch in vars(Schedule.of(recipe(optim={"batch_size": 3}), rows, 1)).values()
+    assert all(len(batch) == 3 for batch in vars(Schedule.of(recipe(optim={"batch_size": 3}), rows, rows[:3])).values()
                if isinstance(batch, list)), "a last, smaller batch is neither"  # fmt: skip
+
+
+def test_longer_validation_rows_take_longer(recipe):
+    short, long = [row_of(10)] * 16, [row_of(90)] * 16
+    same, longer = (Schedule.of(recipe(), short, validation) for validation in (short, long))
+    assert longer.validation_passes > 4 * same.validation_passes
+    assert [len(row.row.ids) for row in longer.judged] == [90] * 4
+
+
+def test_a_fuser_to_begin_with_is_looked_at(recipe, machine, folders):
+    with pytest.raises(C2CError, match="no/such"):
+        plan(recipe(**folders, fuser={"init": "./no/such"}), machine)
 
 
 def row_of(length: int) -> TrainRow:

@@ -110,6 +110,18 @@ def test_another_number_of_processes_is_refused(models, recipe, machine, tmp_pat
     train(whole, tmp_path / "out", machine)
     checkpoint = last_complete(tmp_path / "out")
     assert checkpoint is not None
-    checkpoints.complete(checkpoint.folder, 2)
+    checkpoints.complete(checkpoint.folder, 2, checkpoint.rows)
     with pytest.raises(TrainingError, match="number of processes.*got 1; allowed: 2"):
         train(whole, tmp_path / "out", machine, resume=True)
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "dev.jsonl"])
+def test_nothing_goes_on_with_other_rows(models, recipe, machine, data, tmp_path, name):
+    whole = recipe(optim={"epochs": 2})
+    train(whole, tmp_path / "out", machine)
+    lines = (data / name).read_text().splitlines(keepends=True)
+    (data / name).write_text("".join([lines[1], lines[0], *lines[2:]]))
+    with pytest.raises(TrainingError, match="rows are no longer those that the run began with"):
+        train(whole, tmp_path / "out", machine, resume=True)
+    (data / name).write_text("".join(lines))
+    train(whole, tmp_path / "out", machine, resume=True)

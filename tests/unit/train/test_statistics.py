@@ -10,7 +10,15 @@ from cache2cache.testing import random_fuser, tiny_model
 from cache2cache.train.batch import Example
 from cache2cache.train.features import FeatureDataset
 from cache2cache.train.rows import train_rows
-from cache2cache.train.statistics import check_rotations, measured_rows, sample, sharer_statistics, standardise
+from cache2cache.train.statistics import (
+    STATISTICS_ROWS,
+    check_rotations,
+    measured_rows,
+    sample,
+    sharer_statistics,
+    spread,
+    standardise,
+)
 
 WORDS = ("what color", "the question and the answer", "12 == what letter")
 
@@ -106,3 +114,11 @@ def test_keys_that_cannot_be_rotated_back_are_refused_by_fusers_that_do_so_and_t
         keys = found.theirs.transpose(2, 3).flatten(3).double().mean(2)  # not rotated
         torch.testing.assert_close(statistics.mean, keys)
         torch.testing.assert_close(statistics.mean_cache(torch.tensor([3]))[..., 0, :].flatten(2), keys.float())
+
+
+def test_rows_of_all_sources_are_measured():
+    """They stand source by source."""
+    assert spread(3) == [0, 1, 2] and spread(0) == []
+    found = spread(1000)
+    assert len(set(found)) == STATISTICS_ROWS and found[0] == 0 and found[-1] > 990
+    assert sum(i < 500 for i in found) == STATISTICS_ROWS // 2

@@ -141,6 +141,18 @@ def test_both_may_begin_with_a_space():
     assert " the" in shared and "the" not in shared and all(text.startswith(" ") for text in shared)
 
 
+def test_behind_a_lone_space_the_first_word_is_taught():
+    """The receiver has written a space already, which the sharer is about to write with its first word."""
+    template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}\nAnswer:{% endif %}"
+    pair = pair_of(sharer_template=template, receiver_template=template)
+    row = row_of(pair, "the")
+    assert text_of(pair.receiver, row.response)[:2] == [" ", "t"]
+    (teacher,) = teachers([row], pair, SharedVocabulary(pair), 400)
+    assert known(teacher)[:2] == [False, True]
+    taught = text_of(pair.receiver, teacher.ids[1][teacher.logprobs[1].isfinite()])
+    assert "x" in taught and " " not in taught, "the space that the sharer is about to write is there already"
+
+
 def test_the_end_of_a_turn_is_taught_where_the_sharers_template_has_one():
     for template, ends in ((None, True), ("completion", False), ("plain", False)):
         pair = pair_of(sharer_template=template)
@@ -148,7 +160,7 @@ def test_the_end_of_a_turn_is_taught_where_the_sharers_template_has_one():
         (teacher,) = teachers([row], pair, SharedVocabulary(pair), 400)
         end = pair.receiver.tokenizer.eos_token_id
         assert (end in teacher.ids[0][teacher.logprobs[0].isfinite()].tolist()) == ends
-        assert known(teacher) == [True, True, True, True]
+        assert known(teacher) == [True, True, True, ends]
 
 
 def test_every_row_gets_what_it_gets_alone():
