@@ -1,7 +1,7 @@
 """From messages to one side's rendering: text, token ids, and where each message's content lies.
 
 The ranges come from the template itself: the conversation is rendered a second time with two sentinel
-characters around each content. Searching the text for the content would go wrong as soon as a message
+characters of its own around each content. Searching the text for the content would go wrong as soon as a message
 repeats another one, is empty, or also occurs in the template.
 
 Knows nothing about models or about the other side of the pair.
@@ -10,6 +10,7 @@ Knows nothing about models or about the other side of the pair.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -194,80 +195,113 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def content_ranges(
     writer: _Writer, messages: Conversation, text: str, outer_space: bool = False
 ) -> tuple[tuple[int, int], ...]:
-    """Character range in `text` of each message's content, ordered and disjoint."""
+    """Character range in `text` of each message's content, ordered and disjoint.
+
+    A message that the template leaves out, or moves out of its place among the others, gets an empty range.
+    """
     cores = [message["content"] if outer_space else message["content"].strip() for message in messages]
     marks = _unused(text, messages)
-    return _marked_ranges(writer, messages, cores, text, marks) or _probed_ranges(
-        writer, messages, cores, text, marks[0]
-    )
+    places = _marked_places(writer, messages, cores, text, marks)
+    for index, place in enumerate(places):
+        if place is None:
+            places[index] = _probed_place(writer, messages, index, cores[index], text, marks[0][0])
+    return _in_order(places)
 
 
-def _unused(text: str, messages: Conversation) -> tuple[str, str]:
-    """Two private-use characters that occur neither in the text nor in any content."""
+_Place = tuple[int, int] | None
+"""Where in the text a content lies, if it is there."""
+
+
+def _unused(text: str, messages: Conversation) -> list[tuple[str, str]]:
+    """For each message two private-use characters that occur neither in the text nor in any content."""
     used = set(text).union(*(message["content"] for message in messages))
-    spare = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
-    return next(spare), next(spare)
+    spare = (chr(c) for plane in (0xF0000, 0x100000) for c in range(plane, plane + 0xFFFE) if chr(c) not in used)
+    return [(next(spare), next(spare)) for _ in messages]
 
 
-def _marked_ranges(
-    writer: _Writer, messages: Conversation, cores: Sequence[str], text: str, marks: tuple[str, str]
-) -> tuple[tuple[int, int], ...] | None:
-    """Ranges from one rendering with sentinels around every core; None if the sentinels changed the rendering."""
-    left, right = marks
+def _marked_places(
+    writer: _Writer, messages: Conversation, cores: Sequence[str], text: str, marks: Sequence[tuple[str, str]]
+) -> list[_Place]:
+    """Places from one rendering with sentinels around every core; None where it does not tell.
+
+    Of a content that is written several times it is the first.
+    """
+    unknown: list[_Place] = [None] * len(messages)
+    swapped = [
+        _swap(message, core, left + core + right)
+        for message, core, (left, right) in zip(messages, cores, marks, strict=True)
+    ]
     try:
-        marked = writer(
-            [_swap(message, core, left + core + right) for message, core in zip(messages, cores, strict=True)]
-        )
+        marked = writer(swapped)
     except TemplateError:
-        return None
-    if marked.replace(left, "").replace(right, "") != text:
-        return None
-    places = [index for index, character in enumerate(marked) if character in marks]
-    if "".join(marked[index] for index in places) != (left + right) * len(messages):
-        return None
+        return unknown
+    known = {mark for pair in marks for mark in pair}
+    if "".join(character for character in marked if character not in known) != text:
+        return unknown
     # Each sentinel stands behind as many removed characters as there are sentinels before it.
-    bounds = [index - before for before, index in enumerate(places)]
-    return tuple(zip(bounds[::2], bounds[1::2], strict=True))
+    found: dict[str, list[int]] = {mark: [] for mark in known}
+    for before, index in enumerate(index for index, character in enumerate(marked) if character in known):
+        found[marked[index]].append(index - before)
+    # A template that writes one without the other looks into the content.
+    return [(found[a][0], found[b][0]) if 0 < len(found[a]) == len(found[b]) else None for a, b in marks]
 
 
 def _swap(message: Message, core: str, other: str) -> Message:
     """The message with another core; white space that is not in the core stays, because some templates trim."""
     before, _, after = message["content"].partition(core) if core else (message["content"], "", "")
-    return Message(role=message["role"], content=before + other + after)
+    return {**message, "content": before + other + after}
 
 
-def _probed_ranges(
-    writer: _Writer, messages: Conversation, cores: Sequence[str], text: str, mark: str
-) -> tuple[tuple[int, int], ...]:
-    """Ranges from one rendering per message, for templates that rewrite, repeat, drop or inspect contents."""
-    ranges, floor = [], 0
-    for index, (message, core) in enumerate(zip(messages, cores, strict=True)):
-        # As long as the core, because some templates count characters.
-        probe = [*messages[:index], _swap(message, core, mark * max(1, len(core))), *messages[index + 1 :]]
-        try:
-            start, end = _probe(text, writer(probe), mark, core)
-        except TemplateError as error:
-            raise TemplateError(
-                f"the chat template inspects message {index}, so the place of its content cannot be found",
-                got=error.got,
-                hint='Give another template, such as "plain"',
-            ) from error
-        # A template that moves a message away from its place gets an empty range there.
+def _probed_place(
+    writer: _Writer, messages: Conversation, index: int, core: str, text: str, mark: str
+) -> tuple[int, int] | None:
+    """A content's place from one rendering, for templates that rewrite, repeat, drop or inspect it."""
+    # As long as the core, because some templates count characters.
+    probe = [*messages[:index], _swap(messages[index], core, mark * max(1, len(core))), *messages[index + 1 :]]
+    try:
+        return _probe(text, writer(probe), mark, core)
+    except TemplateError as error:
+        raise TemplateError(
+            f"the chat template inspects message {index}, so the place of its content cannot be found",
+            got=error.got,
+            hint='Give another template, such as "plain"',
+        ) from error
+
+
+def _probe(text: str, probed: str, mark: str, core: str) -> tuple[int, int] | None:
+    """Where in `text` lies what stands in the place of the marks in `probed`."""
+    if mark not in probed:  # the template drops this message
+        return None
+    before, after = probed[: probed.index(mark)], probed[probed.rindex(mark) + 1 :]
+    start = _common_prefix(text, before)
+    if text.startswith(core, start):
+        return start, start + len(core)
+    return start, max(start, len(text) - _common_prefix(text[::-1], after[::-1]))
+
+
+def _in_order(places: Sequence[_Place]) -> tuple[tuple[int, int], ...]:
+    """Ordered, disjoint ranges: as many places as can stay; those that are missing or were moved become empty ones."""
+    kept, ranges, floor = set(_unmoved(places)), [], 0
+    for index, place in enumerate(places):
+        start, end = place if place is not None and index in kept else (floor, floor)
         start = max(start, floor)
         floor = max(start, end)
         ranges.append((start, floor))
     return tuple(ranges)
 
 
-def _probe(text: str, probed: str, mark: str, core: str) -> tuple[int, int]:
-    """Where in `text` lies what stands in the place of the marks in `probed`."""
-    if mark not in probed:  # the template drops this message
-        return 0, 0
-    before, after = probed[: probed.index(mark)], probed[probed.rindex(mark) + 1 :]
-    start = _common_prefix(text, before)
-    if text.startswith(core, start):
-        return start, start + len(core)
-    return start, max(start, len(text) - _common_prefix(text[::-1], after[::-1]))
+def _unmoved(places: Sequence[_Place]) -> list[int]:
+    """Indices of the longest series of places in which each lies behind the one before; of equals the one that ends last,
+    as the question does.
+    """
+    there = [(index, place) for index, place in enumerate(places) if place is not None]
+    if all(a[0] <= b[0] and a[1] <= b[1] for (_, a), (_, b) in pairwise(there)):
+        return [index for index, _ in there]
+    series: list[list[int]] = []
+    for at, (index, (start, end)) in enumerate(there):
+        before = (chain for chain, (_, p) in zip(series, there[:at], strict=True) if p[0] <= start and p[1] <= end)
+        series.append([*max(before, key=len, default=[]), index])
+    return max(series, key=lambda chain: (len(chain), chain[-1]), default=[])
 
 
 def _common_prefix(text: str, other: str) -> int:
