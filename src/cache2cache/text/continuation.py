@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cache2cache.text.chat import tokenise
+from cache2cache.text.detokenise import Speller
+
+_ANCHORS = ("\n", ".", "a")
+"""Texts behind which a text is spelled by tokenizers that write a space before one that stands alone: one of them does not
+make a token together with it."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,23 @@ def continued(tokenizer: PreTrainedTokenizerBase, last: int, text: str) -> Conti
         ModelError: the tokenizer cannot tell the characters of its tokens.
     """
     before = str(tokenizer.decode([last]))
-    lead = "" if last in tokenizer.all_special_ids or before[-1:].isspace() else " "
-    prompt, behind = tokenise(tokenizer, before, ()), tokenise(tokenizer, before + lead + text, ())
-    first = len(prompt.ids)
-    if not np.array_equal(behind.ids[:first], prompt.ids):  # a token across the border, which the prompt rules out
-        before, behind, first = "", tokenise(tokenizer, lead + text, ()), 0
-    begin = len(before) + len(lead)
+    # Of a token alone, some decoders leave out a space.
+    written = before or Speller(tokenizer)(last)
+    lead = "" if last in tokenizer.all_special_ids or written[-1:].isspace() else " "
+    # A token may lie across the border, which the prompt rules out.
+    for anchor in (written, *(_ANCHORS if _spaces(tokenizer) else ())):
+        prompt, behind = tokenise(tokenizer, anchor, ()), tokenise(tokenizer, anchor + lead + text, ())
+        first = len(prompt.ids)
+        if np.array_equal(behind.ids[:first], prompt.ids):
+            break
+    else:
+        anchor, behind, first = "", tokenise(tokenizer, lead + text, ()), 0
+    begin = len(anchor) + len(lead)
     return Continuation(behind.ids[first:], behind.starts[first:] - begin, behind.ends[first:] - begin, bool(lead))
+
+
+@lru_cache(maxsize=8)
+def _spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it writes a space before a text that stands alone."""
+    alone = tokenizer.encode("a", add_special_tokens=False)
+    return "a a" in str(tokenizer.decode([*alone, *alone]))

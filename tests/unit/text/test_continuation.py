@@ -64,6 +64,18 @@ def test_a_response_has_the_tokens_that_it_has_in_the_conversation(kind, text):
     assert all(covered | [character == " " for character in text])
 
 
+@pytest.mark.parametrize("kind", ["prepended", "behind a line"])
+@pytest.mark.parametrize("text", ["B", "A B", "né"])
+def test_a_prompt_that_ends_in_a_space_needs_no_other(kind, text):
+    tokenizer = TOKENIZERS[kind]
+    last = tokenizer("Answer: ", add_special_tokens=False)["input_ids"][-1]
+    assert tokenizer.convert_ids_to_tokens(last) == "▁"
+    found = continued(tokenizer, last, text)
+    assert tokenizer.convert_ids_to_tokens(found.ids)[0] == text[0]
+    assert tokenizer.decode([*tokenizer("x", add_special_tokens=False)["input_ids"], last, *found.ids]) == f"x {text}"
+    assert (found.spaced, found.starts[0], found.ends[-1]) == (False, 0, len(text))
+
+
 def test_a_token_across_the_border_is_not_the_responses():
     joined = tiny_tokenizer(merge=["\n\n"])
     (line,), b = (joined(text, add_special_tokens=False)["input_ids"] for text in ("\n", "\nb"))
