@@ -76,6 +76,18 @@ LAST_TURN_ONLY = (
     "{{ '<|im_start|>' + messages[-1].content + '<|im_end|>' }}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
 )
 
+SYSTEM_LAST = """\
+{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set turns = messages[1:] %}
+{%- else %}{%- set turns = messages %}{%- endif %}
+{%- for message in turns %}
+    {%- if message['role'] == 'user' %}
+        {{- '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + message['content'] + '[/INST]' }}
+    {%- else %}
+        {{- ' ' + message['content'] + '<|im_end|>' }}
+    {%- endif %}
+{%- endfor %}
+"""
+
 FAITHFUL = {"smollm2": SMOLLM2, "qwen25": QWEN25, "gemma": GEMMA, "numbered": NUMBERED, "plain": "plain"}
 """Templates that show every content, at most without its outer white space."""
 
@@ -246,4 +258,9 @@ def conversations() -> list[list[dict[str, str]]]:
 
 @pytest.fixture(scope="session")
 def templates() -> dict[str, str]:
-    return FAITHFUL | {"qwen3": QWEN3, "skips_empty": SKIPS_EMPTY, "last_turn_only": LAST_TURN_ONLY}
+    return FAITHFUL | {
+        "qwen3": QWEN3,
+        "skips_empty": SKIPS_EMPTY,
+        "last_turn_only": LAST_TURN_ONLY,
+        "system_last": SYSTEM_LAST,
+    }

@@ -85,6 +85,26 @@ class TestRanges:
         bounds = [bound for pair in got.ranges for bound in pair]
         assert bounds == sorted(bounds)
 
+    @pytest.mark.parametrize("looks_inside", ["", "{% if messages[-1].content | length > 13 %}{{ '?' }}{% endif %}"])
+    def test_of_a_message_that_is_moved_is_empty_and_the_others_stay(self, tokenizers, templates, looks_inside):
+        """As in Mistral 7B v0.3, whose system message goes into the last turn; also where marks would change the text."""
+        template = looks_inside + templates["system_last"]
+        messages = [{"role": "system", "content": "Be brief."}, *talk("Capital of France?", "Paris.", "And of Spain?")]
+        got = render(tokenizers["bpe"], messages, template=template)
+        assert "Paris.<|im_end|>[INST] Be brief.\n\nAnd of Spain?" in got.text
+        assert contents(got) == ["", "Capital of France?", "Paris.", "And of Spain?"]
+
+    def test_of_messages_that_the_template_does_not_change_are_found_beside_one_that_it_does(self, tokenizers):
+        shouts = "{% for m in messages %}{{ '<' + (m.content if loop.index > 1 else '…') + '>' }}{% endfor %}"
+        got = render(tokenizers["bpe"], talk("old", "older", "new"), template=shouts)
+        assert contents(got) == ["", "older", "new"]
+
+    def test_know_what_else_a_message_holds(self, tokenizers):
+        template = "{% for m in messages %}{{ '(' + m.reasoning_content + ')' + m.content }}{% endfor %}"
+        message = {"role": "assistant", "content": "so.", "reasoning_content": "because"}
+        got = render(tokenizers["bpe"], [message], template=template)
+        assert (got.text, contents(got)) == ("(because)so.", ["so."])
+
     def test_of_a_single_special_token_hold_it(self, tokenizers, templates):
         got = render(tokenizers["bpe"], talk("<|im_end|>"), template=templates["smollm2"])
         assert contents(got) == ["<|im_end|>"]
