@@ -201,15 +201,20 @@ def load(
     except Exception as error:  # damaged files fail in any way that the code which reads them can
         raise unreadable(f"{name} could not be loaded", source.location, error) from error
     model, report = loaded
-    _check_complete(report, source.location)
+    _check_complete(model, report, source.location)
     return LanguageModel.wrap(model.to(device), tokenizer, name=source.name, revision=revision)
 
 
-def _check_complete(report: dict[str, Any], location: str) -> None:
-    """Raise ModelError unless every weight was read; transformers leaves the others random and only warns of it."""
+def _check_complete(model: PreTrainedModel, report: dict[str, Any], location: str) -> None:
+    """Raise ModelError unless every weight was read; transformers leaves the others random and only warns of it.
+
+    Nor may one be left over of a part that the model has, such as a layer too many. Whole parts that it has not, such as a
+    picture encoder, and what its class says is to be ignored, do not change what it computes.
+    """
     faults = [f"{name} is missing" for name in sorted(report["missing_keys"])]
     for name, stored, expected in sorted(report["mismatched_keys"]):
         faults.append(f"{name} has shape {tuple(stored)} instead of {tuple(expected)}")
+    faults += [f"{name} has no place" for name in sorted(report["unexpected_keys"]) if _belongs(model, name)]
     faults += report["error_msgs"]
     if faults:
         raise ModelError(
@@ -217,6 +222,17 @@ def _check_complete(report: dict[str, Any], location: str) -> None:
             got=f"{len(faults)} wrong: {'; '.join(faults[:3])}" + ("; …" if len(faults) > 3 else ""),
             hint="Fetch or save the model again, or correct its config.json",
         )
+
+
+def _belongs(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight lies in a part of the model, that is below the model itself and its decoder as a whole."""
+    module: torch.nn.Module = model
+    for part in name.split(".")[:-1]:
+        child = getattr(module, part, None)
+        if not isinstance(child, torch.nn.Module):
+            break
+        module = child
+    return module is not model and module is not model.base_model
 
 
 def unreadable(what: str, location: str | Path, error: Exception) -> C2CError:

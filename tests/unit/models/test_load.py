@@ -76,9 +76,28 @@ def test_weights_of_another_shape(folder):
         load(folder)
 
 
-def test_weights_that_no_model_asks_for_do_not_matter(folder):
-    reweigh(folder, lambda state: state.update(extra=torch.ones(2)))
+@pytest.mark.parametrize("name", ["extra", "mtp.layers.0.weight", "model.vision_tower.layers.0.weight"])
+def test_parts_that_the_model_does_not_have_do_not_matter(folder, name):
+    reweigh(folder, lambda state: state.update({name: torch.ones(2)}))
     assert load(folder).card.id == "llama"
+
+
+def test_fewer_layers_than_weights(folder):
+    """transformers would read as many as the config says, and write noise."""
+    reconfigure(folder, num_hidden_layers=2)
+    with pytest.raises(ModelError, match=r"9 wrong: model.layers.2.input_layernorm.weight has no place; .*; …"):
+        load(folder)
+
+
+def test_what_a_class_says_is_to_be_ignored_is(tmp_path):
+    """GPT-2's hub files hold its causal masks, and old Llamas' their frequencies."""
+    for family, name in (
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+    ):
+        folder = saved(tiny_model(family), tmp_path / family)
+        reweigh(folder, lambda state, name=name: state.update({name: torch.ones(2)}))
+        assert load(folder).card.id == family
 
 
 # --- damaged configs --------------------------------------------------------------------------------------------
