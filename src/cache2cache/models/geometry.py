@@ -20,7 +20,7 @@ def geometry(config: PretrainedConfig, name: str) -> Geometry:
     """Read a model's geometry.
 
     Raises:
-        ModelError: it is not a decoder, or its config lacks a size or has one that cannot be.
+        ModelError: it is not a decoder, its layers are of different sizes, or its config lacks a size or has one that cannot be.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder", allowed="decoder-only language models")
@@ -34,12 +34,12 @@ def geometry(config: PretrainedConfig, name: str) -> Geometry:
             allowed="decoders with attention in every layer",
         )
     layers, heads = text.num_hidden_layers, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    head_dim = _of_all_layers(text, "head_dim", name) or text.hidden_size // heads
     ropes, of_layer, problem = _ropes(text, layers, head_dim)
     try:
         return Geometry(
             layers=layers,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            kv_heads=_of_all_layers(text, "num_key_value_heads", name) or heads,
             head_dim=head_dim,
             vocab_size=text.vocab_size,
             max_positions=getattr(text, "max_position_embeddings", None),
@@ -50,6 +50,22 @@ def geometry(config: PretrainedConfig, name: str) -> Geometry:
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, x['loc'])) or 'layers'} {x['input']}: {x['msg']}" for x in error.errors()]
         raise ModelError(f"no cache has the sizes that the config of {name} says", got="; ".join(faults)) from error
+
+
+def _of_all_layers(text: Any, field: str, name: str) -> int | None:
+    """A size that all layers share.
+
+    Raises:
+        ModelError: they do not, as in Gemma 4.
+    """
+    try:
+        return getattr(text, field, None)
+    except RuntimeError as error:  # transformers' for a field that is another one in each layer
+        sizes = sorted({getattr(layer, field) for layer in text.per_layer_config})
+        raise ModelError(
+            f"the layers of {name} have caches of different sizes: {field} is not the same in all of them",
+            got=", ".join(map(str, sizes)), allowed="one size for all layers",
+        ) from error  # fmt: skip
 
 
 def attention_window(config: Any) -> int | None:

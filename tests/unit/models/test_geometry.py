@@ -52,6 +52,15 @@ def test_encoder_decoders_are_refused():
         geometry(AutoConfig.for_model("t5"), "t5")
 
 
+def test_layers_of_different_sizes_are_refused():
+    config = AutoConfig.for_model(
+        "gemma4_text", vocab_size=260, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=6,
+        num_key_value_heads=2, head_dim=8, hidden_size_per_layer_input=0,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"layers of gemma4 have caches of different sizes.*head_dim.*got 8, 512"):
+        geometry(config, "gemma4")
+
+
 @pytest.mark.parametrize("layers", [(2, 0), (1, 1, 3), ()])
 def test_some_layers_keep_their_rotary_embeddings(layers):
     whole = tiny_model("gemma3").card.geometry
