@@ -65,6 +65,14 @@ def _check_writable(config: FuserConfig) -> None:
             got=", ".join([f"kind {config.kind}", f"alignment {config.alignment}", *surplus]),
             allowed="kind paper, alignment same-ids or retokenise, no templates, fusion of all positions",
         )
+    deepest = config.sharer.geometry.layers - 1
+    if max(config.layer_map) != deepest:
+        # It does not say how many layers the sharer has, so a reader takes the deepest one for the last.
+        raise FuserFormatError(
+            "the published layout can only hold layer maps that reach the sharer's last layer",
+            got=f"layer {max(config.layer_map)} as the deepest", allowed=f"layer {deepest}",
+            hint="Share it in the native layout: save_pretrained",
+        )  # fmt: skip
 
 
 def _recipe_of(config: FuserConfig) -> dict[str, Any]:

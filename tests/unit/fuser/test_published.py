@@ -248,3 +248,11 @@ def test_what_the_published_layout_cannot_hold(receiver, sharer, tmp_path, kind,
     with pytest.raises(FuserFormatError, match=words):
         save_published(random_fuser(receiver, sharer, kind, **config), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_map_that_stops_before_the_sharers_last_layer_cannot_be_published(receiver, sharer, tmp_path):
+    """Read back it would say that the sharer has fewer layers, and refuse its own pair."""
+    paper = random_fuser(receiver, sharer, "paper", alignment="same-ids", layer_map=(0, 1))
+    with pytest.raises(FuserFormatError, match="last layer; got layer 1 as the deepest; allowed: layer 2"):
+        save_published(paper, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
