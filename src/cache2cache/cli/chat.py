@@ -46,6 +46,7 @@ def chat(
 
     /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
     """
+    kwargs = options.generate_kwargs(max_new_tokens, temperature, top_p)
     pair = options.load_pair(
         receiver,
         sharer,
@@ -60,7 +61,7 @@ def chat(
             sharer_token_file, sharer_key_file, sharer_precision, sharer_timeout, on_sharer_failure
         ),
     )
-    kwargs = options.generate_kwargs(max_new_tokens, temperature, top_p, seed)
+    options.set_seed(seed)
     typer.secho(f"{show.names(pair)}. {HELP}", err=True, dim=True)
     converse(pair, pair.chat(system), kwargs, timings=timings)
 

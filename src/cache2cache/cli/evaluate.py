@@ -32,7 +32,16 @@ def evaluate(
         Path | None, typer.Option("--out", "-o", help="Folder of the run; an interrupted one goes on.")
     ] = None,
     receiver: options.Receiver = options.DEMO_RECEIVER,
-    sharer: options.Sharers = None,
+    sharer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sharer",
+            "-s",
+            help="A model it listens to, here, since it is asked alone, too; repeat for several.",
+            show_default=options.DEMO_SHARER,
+            rich_help_panel="Pair",
+        ),
+    ] = None,
     fuser: options.Fusers = None,
     mode: options.Mode = "parallel",
     systems: Annotated[str, typer.Option(help=_SYSTEMS, rich_help_panel="Systems")] = "receiver,sharer,c2c",
@@ -55,7 +64,12 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Rows of each task.", show_default="all", rich_help_panel="Rows")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample, the noise and the router.", rich_help_panel="Rows")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=options.LARGEST_SEED, help="Of the sample, the noise and the router.", rich_help_panel="Rows"
+        ),
+    ] = 0,
     data_dir: Annotated[
         Path | None,
         typer.Option(

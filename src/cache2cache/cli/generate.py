@@ -51,6 +51,7 @@ def generate(
         raise typer.BadParameter("--stream and --json cannot go together")
     if stream and num_beams > 1:
         raise typer.BadParameter("beam search cannot be streamed: leave out --stream or --num-beams")
+    kwargs = options.generate_kwargs(max_new_tokens, temperature, top_p, num_beams)
     messages: list[Message] = [{"role": "user", "content": read_prompt(prompt)}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -68,7 +69,7 @@ def generate(
             sharer_token_file, sharer_key_file, sharer_precision, sharer_timeout, on_sharer_failure
         ),
     )
-    kwargs = options.generate_kwargs(max_new_tokens, temperature, top_p, seed, num_beams)
+    options.set_seed(seed)
     if stream:
         result = show.write(pair.stream(messages, **kwargs))
     else:

@@ -111,7 +111,9 @@ TopP = Annotated[
     float | None,
     typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass.", rich_help_panel="Decoding"),
 ]
-Seed = Annotated[int | None, typer.Option(help="Of the sampling.", rich_help_panel="Decoding")]
+LARGEST_SEED = 2**32 - 1
+"""NumPy's."""
+Seed = Annotated[int | None, typer.Option(min=0, max=LARGEST_SEED, help="Of the sampling.", rich_help_panel="Decoding")]
 ShowTimings = Annotated[bool, typer.Option(help="Show tokens and seconds of each stage on stderr.")]
 
 
@@ -220,21 +222,31 @@ def check_device(name: str) -> None:
 
 
 def generate_kwargs(
-    max_new_tokens: int | None, temperature: float | None, top_p: float | None, seed: int | None, num_beams: int = 1
+    max_new_tokens: int | None, temperature: float | None, top_p: float | None, num_beams: int = 1
 ) -> dict[str, Any]:
-    """What `transformers.generate` is asked for: greedy unless asked to sample, whatever the model's config says."""
-    sample = bool(temperature) or (top_p is not None and temperature is None)
+    """What `transformers.generate` is asked for: greedy unless asked to sample, whatever the model's config says.
+
+    Raises:
+        typer.BadParameter: options that contradict each other.
+    """
+    if temperature == 0 and top_p is not None:
+        raise typer.BadParameter("--temperature 0 is greedy, so --top-p would do nothing: leave one of them out")
+    sample = bool(temperature) or top_p is not None
     kwargs: dict[str, Any] = {"do_sample": sample, "num_beams": num_beams}
     if max_new_tokens is not None:
         kwargs["max_new_tokens"] = max_new_tokens
     if sample:
         # top_k is a silent 50 in transformers; here only what was asked for counts.
         kwargs |= {"temperature": temperature or 1.0, "top_p": 1.0 if top_p is None else top_p, "top_k": 0}
-    if seed is not None:
-        from transformers import set_seed
-
-        set_seed(seed)
     return kwargs
+
+
+def set_seed(seed: int | None) -> None:
+    """Of the sampling. After loading, which may draw random numbers."""
+    if seed is not None:
+        import transformers
+
+        transformers.set_seed(seed)
 
 
 def quiet_transformers() -> None:

@@ -52,6 +52,7 @@ def evaluate(
     """
     start, machine, console = time.time(), machine or Machine(), console or Console(stderr=True)
     asked = names.parse(settings.systems, settings.controls)
+    _check_sharers(settings)
     chosen = _tasks(settings)
     loaded = {name: _load(task, "test", limit, settings, machine) for name, (task, limit) in chosen.items()}
     items = {name: _asked_for(rows.items, settings.answer_tokens) for name, rows in loaded.items()}
@@ -105,12 +106,15 @@ def _tasks(settings: Settings) -> dict[str, tuple[Task, int | None]]:
     return chosen
 
 
-def _pair(settings: Settings, machine: Machine) -> C2C:
+def _check_sharers(settings: Settings) -> None:
     if elsewhere := [sharer for sharer in settings.sharers if sharer.startswith(ADDRESSES)]:
         raise DataError(
             "an evaluation asks the sharer alone, too, and keeps what it has read, so it needs the sharer's weights",
             got=", ".join(elsewhere), hint="Give the model's name; `c2c serve` listens to sharers elsewhere",
         )  # fmt: skip
+
+
+def _pair(settings: Settings, machine: Machine) -> C2C:
     return C2C.from_pretrained(
         settings.receiver, settings.sharers, settings.fusers, device=machine.device, mode=settings.mode,
         sharer_device=machine.sharer_device, dtype=settings.dtype, trust_remote_code=machine.trust_remote_code,

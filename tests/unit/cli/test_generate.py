@@ -75,10 +75,10 @@ def test_sampling_is_seeded(asked: dict[str, Any]):
 
 @pytest.mark.parametrize(
     ("temperature", "top_p", "sampled"),
-    [(None, None, False), (0.0, None, False), (0.0, 0.9, False), (0.7, None, True), (None, 0.9, True)],
+    [(None, None, False), (0.0, None, False), (0.7, None, True), (None, 0.9, True), (0.7, 0.9, True)],
 )
 def test_when_it_samples(temperature: float | None, top_p: float | None, sampled: bool):
-    assert pair.generate_kwargs(None, temperature, top_p, None)["do_sample"] is sampled
+    assert pair.generate_kwargs(None, temperature, top_p)["do_sample"] is sampled
 
 
 def test_beams(asked: dict[str, Any]):
@@ -97,6 +97,9 @@ def test_beams(asked: dict[str, Any]):
         (("hi", "--sharer", "a", "--sharer", "b", "--fuser", "x"), "got 1"),
         ((" ",), "empty"),
         (("hi", "--top-p", "2"), "--top-p"),
+        (("hi", "--temperature", "0", "--top-p", "0.9"), "--top-p would do nothing"),
+        (("hi", "--seed", "-1"), "--seed"),
+        (("hi", "--seed", str(2**32)), "--seed"),
     ],
 )
 def test_contradictions_are_wrong_usage(asked: dict[str, Any], args: tuple[str, ...], said: str):
