@@ -31,10 +31,15 @@ class Check:
     passed: bool
     detail: str
     """What was found, or what is wrong."""
+    warning: bool = False
+    """Whether it passed, and may be wrong all the same."""
 
 
 def verify(fuser: Fuser, receiver: LanguageModel, sharer: LanguageModel) -> list[Check]:
-    """Try a fuser on its pair. Where one check fails, those that build on it are left out."""
+    """Try a fuser on a pair. Where one check fails, those that build on it are left out.
+
+    Weights are not compared, since a fuser does not know its pair's: other names than the fuser's are a warning.
+    """
 
     def same_pair() -> str:
         fuser.check_pair(receiver.card, sharer.card)
@@ -42,6 +47,10 @@ def verify(fuser: Fuser, receiver: LanguageModel, sharer: LanguageModel) -> list
         return f"tokenizer of {', '.join(unknown)} not recorded" if unknown else "geometry and tokenizers match"
 
     checks = [_try("fits the pair", same_pair)]
+    if others := [f"{lm.card.id} instead of {card.id}" for lm, card in _sides(fuser, receiver, sharer)
+                  if lm.card.id != card.id]:  # fmt: skip
+        detail = f"{', '.join(others)}: if these are not other names of the same weights, it fuses noise"
+        checks.append(Check("has other names for its models", True, detail, warning=True))
     if isinstance(fuser, CompactFuser) and fuser.sizes.still_keys:
         for side, lm in (("receiver", receiver), ("sharer", sharer)):
             checks.append(_try(f"{side}'s keys can be rotated back", lambda lm=lm: check_rotation(lm)))

@@ -61,6 +61,15 @@ def test_keys_that_are_taken_as_they_are_need_not_be_rotated_back(sharer):
     ]  # fmt: skip
 
 
+def test_other_models_of_the_same_form(receiver, sharer, fuser):
+    """Their weights cannot be told from the right ones; their names can."""
+    other = tiny_model("qwen3", 99, name="another-model")
+    (warning,) = [check for check in verify(fuser, other, sharer) if check.warning]
+    assert warning.passed
+    assert warning.detail.startswith("another-model instead of tiny-receiver: ")
+    assert not any(check.warning for check in verify(fuser, receiver, sharer))
+
+
 def test_swapped_models(receiver, sharer, fuser):
     checks = verify(fuser, sharer, receiver)
     assert not checks[0].passed

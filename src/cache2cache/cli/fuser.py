@@ -15,6 +15,7 @@ from cache2cache.cli.console import ExitCode
 
 if TYPE_CHECKING:
     from cache2cache.fuser.base import Fuser
+    from cache2cache.verify import Check
 
 app = typer.Typer(no_args_is_help=True, help="Look at fusers, convert them, try them on a pair.")
 
@@ -75,7 +76,10 @@ def verify(
     trust_remote_code: options.TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Prove on the loaded models that a fuser fits its pair."""
+    """Try a fuser on loaded models: sizes, rotary embeddings, tokenizers, and whether it changes an answer.
+
+    Weights are not compared: for models of the same form under other names there is a warning.
+    """
     with options.Busy(f"loading {fuser}, {receiver}, {sharer}"):
         options.quiet_transformers()
         options.check_device(device)
@@ -92,10 +96,15 @@ def verify(
         typer.echo(jsonlib.dumps(report | {"checks": [vars(check) for check in checks]}, ensure_ascii=False, indent=2))
     else:
         for check in checks:
-            mark = typer.style("✓", fg="green") if check.passed else typer.style("✗", fg="red")
-            typer.echo(f"{mark} {check.name}: {check.detail}")
+            typer.echo(f"{_mark(check)} {check.name}: {check.detail}")
     if not passed:
         raise typer.Exit(ExitCode.DOES_NOT_FIT)
+
+
+def _mark(check: Check) -> str:
+    if check.warning:
+        return typer.style("!", fg="yellow")
+    return typer.style("✓", fg="green") if check.passed else typer.style("✗", fg="red")
 
 
 def describe(fuser: Fuser, folder: Path) -> dict[str, Any]:

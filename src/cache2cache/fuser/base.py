@@ -23,6 +23,8 @@ KINDS = {"paper": "cache2cache.fuser.paper:PaperFuser", "compact": "cache2cache.
 
 FORMAT_VERSION = 1
 
+_OTHER_TOKENIZER = "another tokenizer"
+
 
 class FuserConfig(BaseModel):
     """Everything that rebuilds a fuser except its weights, and everything that its pair must match."""
@@ -131,7 +133,9 @@ class Fuser(nn.Module):
         return push_fuser(self, repo_id, private=private, dtype=dtype)
 
     def check_pair(self, receiver: ModelCard, sharer: ModelCard) -> None:
-        """Raise FuserMismatchError unless this is the pair that the fuser was trained for."""
+        """Raise FuserMismatchError unless sizes, rotary parameters and tokenizers are those of the pair that the fuser was
+        trained for. Other weights of the same form are not noticed; `verify` compares the names at least.
+        """
         wrong = _differences("receiver", self.config.receiver, receiver) + _differences(
             "sharer", self.config.sharer, sharer
         )
@@ -141,11 +145,14 @@ class Fuser(nn.Module):
             _differences("receiver", self.config.receiver, sharer)
             or _differences("sharer", self.config.sharer, receiver)
         )
-        hint = (
-            "Receiver and sharer are swapped"
-            if swapped
-            else "Use the pair that it was trained for, or train one for yours"
-        )
+        hint = "Use the pair that it was trained for, or train one for yours"
+        if swapped:
+            hint = "Receiver and sharer are swapped"
+        elif all(fault.endswith(_OTHER_TOKENIZER) for fault in wrong):
+            hint = (
+                "If special tokens were changed (pad_token = eos_token), leave them as they are: prompts are padded here. "
+                "If it really is another, use the pair that the fuser was trained for"
+            )
         raise FuserMismatchError(
             "the fuser does not fit the pair",
             got=f"{receiver.id} ← {sharer.id} ({'; '.join(wrong)})",
@@ -235,7 +242,7 @@ def _differences(side: str, expected: ModelCard, got: ModelCard) -> list[str]:
     if not _same_ropes(expected.geometry, got.geometry):
         wrong.append(f"{side}: other rotary parameters")
     if expected.tokenizer is not None and expected.tokenizer != got.tokenizer:
-        wrong.append(f"{side}: another tokenizer")
+        wrong.append(f"{side}: {_OTHER_TOKENIZER}")
     return wrong
 
 

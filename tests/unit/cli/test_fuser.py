@@ -106,6 +106,13 @@ def test_verify(saved, models):
     assert result.stdout.count("✓") == 4
 
 
+def test_verify_other_models(saved, models, monkeypatch, receiver):
+    monkeypatch.setattr(receiver, "card", receiver.card.model_copy(update={"id": "another"}))
+    result = run("verify", saved, "--receiver", "R", "--sharer", "S")
+    assert result.exit_code == 0, result.output
+    assert "! has other names for its models: another instead of tiny-receiver" in result.stdout
+
+
 def test_verify_swapped(saved, models):
     result = run("verify", saved, "--receiver", "S", "--sharer", "R", "--json")
     assert result.exit_code == ExitCode.DOES_NOT_FIT

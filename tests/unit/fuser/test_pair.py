@@ -1,8 +1,11 @@
 """Which models a fuser accepts."""
 
+import copy
+
 import pytest
 
 from cache2cache.errors import FuserMismatchError
+from cache2cache.models.load import fingerprint
 from cache2cache.types import ModelCard, Rope
 
 
@@ -30,6 +33,17 @@ def test_another_size(field, fuser, receiver, sharer):
 def test_another_tokenizer(fuser, receiver, sharer):
     with pytest.raises(FuserMismatchError, match="receiver: another tokenizer"):
         fuser.check_pair(receiver.card.model_copy(update={"tokenizer": "0123"}), sharer.card)
+
+
+def test_a_tokenizer_whose_padding_was_changed(fuser, receiver, sharer):
+    padded = copy.deepcopy(receiver.tokenizer)
+    padded.pad_token = padded.eos_token
+    card = receiver.card.model_copy(update={"tokenizer": fingerprint(padded)})
+    with pytest.raises(FuserMismatchError, match=r"receiver: another tokenizer.*pad_token"):
+        fuser.check_pair(card, sharer.card)
+    with pytest.raises(FuserMismatchError) as caught:
+        fuser.check_pair(card, sharer.card.model_copy(update={"geometry": receiver.card.geometry}))
+    assert "pad_token" not in str(caught.value)
 
 
 def test_other_rotation(fuser, receiver, sharer):
