@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from cache2cache import inputs
@@ -19,11 +19,34 @@ from cache2cache.models.load import LanguageModel, pad_id
 DEFAULT_NEW_TOKENS = 256
 """Asked for when neither max_new_tokens nor max_length is given, as far as the context has room."""
 
-REFUSED_OPTIONS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "prefill_chunk_size")
-"""With these, transformers 5.19 ignores that a cache holds the prompt already."""
+REFUSED_OPTIONS = (
+    "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "prefill_chunk_size",
+    "token_healing", "cache_implementation",
+)  # fmt: skip
+"""With these, transformers 5.19 ignores that a cache holds the prompt already, changes the prompt behind it, or wants a cache
+of its own."""
 
-CACHED: Mapping[str, Any] = MappingProxyType({**dict.fromkeys(REFUSED_OPTIONS), "use_cache": True})
+_KNOWN = [name for name in REFUSED_OPTIONS if name == "assistant_model" or hasattr(GenerationConfig(), name)]
+"""Not every version of transformers knows all."""
+
+CACHED: Mapping[str, Any] = MappingProxyType({**dict.fromkeys(_KNOWN), "use_cache": True})
 """The same for a model's own defaults, which nobody asked for and which only decide how fast it writes."""
+
+
+class Full(StoppingCriteria):
+    """Ends each row where its own context ends, which is later than that of the longest row of its batch.
+
+    Args:
+        rooms: most tokens of each answer.
+        prompt: columns of the prompt.
+    """
+
+    def __init__(self, rooms: Sequence[int], prompt: int):
+        self._rooms, self._prompt = torch.tensor(rooms), prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        rooms = self._rooms.repeat_interleave(len(input_ids) // len(self._rooms))
+        return (rooms <= input_ids.shape[1] - self._prompt).to(input_ids.device)
 
 
 class Ended(StoppingCriteria):
@@ -75,14 +98,18 @@ class Decoding:
         return new
 
 
-def decoding_of(lm: LanguageModel, prompt: int, kwargs: dict[str, Any]) -> Decoding:
+def decoding_of(lm: LanguageModel, mask: torch.Tensor, kwargs: dict[str, Any]) -> Decoding:
     """`generate`'s arguments completed.
+
+    Args:
+        mask: (B, N) of the prompt.
 
     Raises:
         ContextLengthError: prompt and max_new_tokens are longer than the context.
-        GenerationError: an option with which transformers reads the prompt a second time, behind the cached one; or nothing to
-            be written.
+        GenerationError: an option with which transformers would not write from the cache that holds the prompt, see
+            `REFUSED_OPTIONS`; or nothing to be written.
     """
+    prompt = mask.shape[1]
     options = dict(kwargs)
     given, default = options.get("generation_config"), lm.model.generation_config
 
@@ -96,20 +123,27 @@ def decoding_of(lm: LanguageModel, prompt: int, kwargs: dict[str, Any]) -> Decod
         value = getattr(given, name, None)
         return getattr(default, name, None) if value is None else value
 
-    refused = [name for name in REFUSED_OPTIONS if asked(name) is not None]
+    # By identity, since 0 is not False here: it switches prompt lookup on.
+    refused = [name for name in REFUSED_OPTIONS if asked(name) is not None and asked(name) is not False]
     if asked("use_cache") is False:
         refused.append("use_cache = False")
     if refused:
-        raise GenerationError("transformers would read the prompt twice", got=", ".join(refused), hint="Leave it out")
+        raise GenerationError(
+            "transformers would not write from the cache that holds the prompt, or would read the prompt twice",
+            got=", ".join(refused), hint="Leave it out",
+        )  # fmt: skip
     options |= CACHED
     new = chosen("max_new_tokens")
     if new is not None and not (isinstance(new, int | np.integer) and new >= 1):
         raise GenerationError(
             "nothing is to be written", got=f"max_new_tokens {new!r}", allowed="an integer, 1 or more"
         )
+    criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or [])
     if new is None and asked("max_length") is None:
-        room = (lm.card.geometry.max_positions or prompt + DEFAULT_NEW_TOKENS) - prompt
-        new = options["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, room))
+        rooms = _rooms(lm, mask)
+        new, options["max_new_tokens"] = min(rooms), max(rooms)
+        if new < max(rooms):
+            criteria.append(Full(rooms, prompt))
     inputs.check_length(lm, prompt, int(new or 0) or max(asked("max_length") - prompt, 0))
     pad, vocabulary = chosen("pad_token_id"), lm.card.geometry.vocab_size
     if pad is None or (vocabulary and pad >= vocabulary):
@@ -117,7 +151,6 @@ def decoding_of(lm: LanguageModel, prompt: int, kwargs: dict[str, Any]) -> Decod
     ends = end_ids(chosen("eos_token_id"))
     options["eos_token_id"] = sorted(ends) or None
     beams = chosen("num_beams") or 1
-    criteria = StoppingCriteriaList(options.pop("stopping_criteria", None) or [])
     if strings := chosen("stop_strings"):
         tokenizer = options.setdefault("tokenizer", lm.tokenizer)
         criteria.append(StopStringCriteria(tokenizer, strings))
@@ -126,6 +159,17 @@ def decoding_of(lm: LanguageModel, prompt: int, kwargs: dict[str, Any]) -> Decod
         options["stopping_criteria"] = StoppingCriteriaList([ended] if ended else criteria)
     expand = max(beams, chosen("num_return_sequences") or 1)
     return Decoding(options, prompt, beams, expand, ends, pad, ended)
+
+
+def _rooms(lm: LanguageModel, mask: torch.Tensor) -> list[int]:
+    """Most tokens of each row's answer, where nobody says."""
+    size, prompt = lm.card.geometry, mask.shape[1]
+    read = mask.sum(1)
+    lengths = read + prompt - read.max()  # columns that pad all rows count, as in the context
+    if not size.ropes:  # a row that has ended goes on as padding, for which a table of positions has no more entries
+        lengths = torch.full_like(read, prompt)
+    context = size.max_positions or prompt + DEFAULT_NEW_TOKENS
+    return (context - lengths).clamp(1, DEFAULT_NEW_TOKENS).tolist()
 
 
 def end_ids(end: Any) -> frozenset[int]:

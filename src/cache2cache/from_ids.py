@@ -11,6 +11,7 @@ from cache2cache.errors import AlignmentError
 from cache2cache.fuser.base import Fuser
 from cache2cache.inputs import Inputs, SharerInputs, check_length, check_vocabulary, only_last, whole
 from cache2cache.models.load import LanguageModel, Sharer
+from cache2cache.pair import speaking
 from cache2cache.types import Span
 
 
@@ -21,6 +22,7 @@ def from_ids(
     sharers: Sequence[Sharer],
     fusers: Sequence[Fuser],
     *,
+    speakers: Sequence[int] | Sequence[Sequence[int]] | None = None,
     receiver_mask: torch.Tensor | None = None,
     sharer_masks: Sequence[torch.Tensor | None] | None = None,
     alignments: Sequence[torch.Tensor | None] | None = None,
@@ -31,6 +33,7 @@ def from_ids(
     Args:
         receiver_ids: (B, N), padded on the left.
         sharer_ids: per sharer (B, M), or None if it does not speak.
+        speakers: indices of the sharers that speak, for all rows or one list per row. All by default.
         receiver_mask, sharer_masks: 1 for real tokens, the receiver's on the right; all real by default.
         alignments: per sharer (B, N) column of the sharer for each column of the receiver; by default position for
             position, which needs M = N.
@@ -41,6 +44,7 @@ def from_ids(
         AlignmentError: what is no ids, ids that a model does not have, shapes that do not belong together, indices out of range,
             spans that overlap, padding that is not on the left or would be fused.
         ContextLengthError: more columns than a model's context.
+        FuserMismatchError: `speakers` that are no indices.
     """
     _check_ids("receiver_ids", receiver_ids, receiver, 1)
     batch, width = receiver_ids.shape
@@ -52,9 +56,11 @@ def from_ids(
         )
     if len(sharer_ids) != len(fusers):
         raise AlignmentError("one tensor of sharer ids per sharer is needed", got=len(sharer_ids), allowed=len(fusers))
+    spoken = speaking(speakers, len(sharers), batch)
     parts: list[SharerInputs | None] = []
     for i, (ids, lm, fuser) in enumerate(zip(sharer_ids, sharers, fusers, strict=True)):
-        if ids is None:
+        heard = torch.tensor([i in who for who in spoken])
+        if ids is None or not heard.any():
             parts.append(None)
             continue
         _check_ids(f"sharer_ids[{i}]", ids, lm, 0)
@@ -74,7 +80,7 @@ def from_ids(
                 f"alignments[{i}] leaves the sharer's columns",
                 got=f"{int(alignment.min())}–{int(alignment.max())}", allowed=f"0–{ids.shape[1] - 1}",
             )  # fmt: skip
-        due = torch.as_tensor(only_last(_spans(spans, width), fuser.config.fuse_last)) * mask.bool()
+        due = torch.as_tensor(only_last(_spans(spans, width), fuser.config.fuse_last)) * mask.bool() * heard[:, None]
         if not their_mask.gather(1, alignment.long())[due > 0].all():
             raise AlignmentError(
                 f"a column that is fused is aligned to padding of sharer {i}", hint="Give its mask and its alignment"

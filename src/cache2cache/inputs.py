@@ -142,7 +142,8 @@ def _retokenised(messages: Conversation, receiver: LanguageModel, sharer: Sharer
     for section in both.sections:
         if section.message:
             due[section.start : section.stop] = read[section.stop - 1]
-    due = due[~both.receiver_padding]
+    # A prompt that ends in content is fused before its last token, which stays unread.
+    due = np.minimum(due[~both.receiver_padding], np.count_nonzero(~both.receiver_padding) - 1)
     due[-1:] = 0
     return both.sharer_ids[~both.sharer_padding], both.alignment, due
 

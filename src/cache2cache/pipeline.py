@@ -257,7 +257,7 @@ class C2C:
             )  # fmt: skip
         model, tokenizer = self.receiver.model, self.receiver.tokenizer
         ids, mask = prefill.ids.to(model.device), prefill.mask.to(model.device)
-        decoding = decoding_of(self.receiver, ids.shape[1], generate_kwargs)
+        decoding = decoding_of(self.receiver, mask, generate_kwargs)
         cache = kv.repeated(prefill.cache, decoding.expand)
         with clock(prefill.timings, "decode", model.device):
             raw = model.generate(ids, attention_mask=mask, past_key_values=cache, **decoding.options)  # type: ignore[operator]
@@ -287,6 +287,7 @@ class C2C:
         """Read and fuse without answering: from conversations, or from token ids.
 
         Args:
+            sharers: as for `generate`.
             receiver_ids: (B, N), instead of conversations.
             sharer_ids: (B, M) per sharer; the receiver's ids, with their mask, by default.
             ids_kwargs: `receiver_mask`, `sharer_masks`, `alignments`, `spans`: see `from_ids.from_ids`.
@@ -304,9 +305,7 @@ class C2C:
             ids_kwargs.setdefault("sharer_masks", [ids_kwargs.get("receiver_mask")] * len(self.sharers))
         elif isinstance(sharer_ids, torch.Tensor):
             sharer_ids = [sharer_ids]
-        if sharers is not None:
-            (who,) = speaking(sharers, len(self.sharers), 1)
-            sharer_ids = [ids if i in who else None for i, ids in enumerate(sharer_ids)]
+        ids_kwargs["speakers"] = sharers
         return self.read(from_ids(receiver_ids, sharer_ids, self.receiver, self.sharers, self.fusers, **ids_kwargs))
 
     def stream(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, TextStreamer
 
-from cache2cache import C2C, Fuser
+from cache2cache import C2C, Fuser, plaintext
 from cache2cache.errors import AlignmentError, FuserMismatchError, GenerationError, ModelError
 from cache2cache.models import kv
 from cache2cache.testing import FAMILIES, random_fuser, tiny_model, tiny_pair
@@ -198,11 +198,12 @@ def test_an_abandoned_stream_stops_decoding(pair):
 
 TWICE = [
     {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}, {"assistant_early_exit": 1}, {"use_cache": False},
+    {"token_healing": True}, {"use_mtp": True}, {"cache_implementation": "static"}, {"cache_implementation": "dynamic"},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("option", TWICE)
-def test_options_that_would_read_the_prompt_twice_are_refused(pair, option):
+def test_options_that_would_not_write_from_the_cache_are_refused(pair, option):
     for asked in ({**option, **GREEDY}, {"generation_config": GenerationConfig(**option, **GREEDY)}):
         with pytest.raises(GenerationError, match=f"read the prompt twice; got {next(iter(option))}"):
             pair.generate(CONVERSATIONS[0], **asked)
@@ -215,6 +216,29 @@ def test_a_models_own_defaults_for_reading_do_not_change_its_answer(pair, option
         monkeypatch.setattr(pair.receiver.model.generation_config, name, value, raising=False)
     for asked in (GREEDY, {"generation_config": GenerationConfig(**GREEDY)}):
         assert ids(pair.generate(CONVERSATIONS[:2], **asked)) == ids(expected)
+
+
+def test_switches_that_are_off_are_not_refused(pair):
+    off = {"token_healing": False, "use_mtp": False}
+    assert pair.generate(CONVERSATIONS[0], **off, **GREEDY).ids == pair.generate(CONVERSATIONS[0], **GREEDY).ids
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_where_nobody_says_how_much_a_row_writes_as_much_as_alone(models, beams):
+    c2c = C2C(tiny_model("qwen3", max_position_embeddings=64))
+    talks = [[{"role": "user", "content": text}] for text in ("x" * 18, "x" * 6)]
+    options = {"do_sample": False, "eos_token_id": None, "num_beams": beams}
+    alone = [c2c.generate(c, **options) for c in talks]
+    assert [len(answer.ids) + answer.counts.receiver_prompt for answer in alone] == [64, 64]
+    assert ids(c2c.generate(talks, **options)) == ids(alone)
+
+
+def test_learned_positions_have_no_room_behind_a_rows_end():
+    c2c = C2C(tiny_model("gpt2", n_positions=64))
+    answers = c2c.generate(
+        [[{"role": "user", "content": "x" * n}] for n in (18, 6)], do_sample=False, eos_token_id=None
+    )
+    assert len({len(answer.ids) for answer in answers}) == 1
 
 
 def test_how_much_is_written_may_be_said_in_every_way(pair):
@@ -315,6 +339,33 @@ def test_a_row_of_padded_ids_gets_what_it_gets_alone(models):
         c2c.prefill(receiver_ids=padded.flip(1), receiver_mask=mask.flip(1))
     with pytest.raises(AlignmentError, match="padding of sharer 0"):
         c2c.prefill(receiver_ids=padded, sharer_ids=padded, sharer_masks=[mask])
+
+
+def test_who_speaks_is_chosen_per_row_of_ids_too(pair):
+    rows = torch.arange(20, 32).view(2, 6)
+    alone = [
+        pair.prefill(receiver_ids=row[None], sharer_ids=row[None], sharers=who)
+        for row, who in zip(rows, ([0], []), strict=True)
+    ]
+    both = pair.prefill(receiver_ids=rows, sharer_ids=rows, sharers=[[0], []])
+    expected = torch.cat([kv.stack(one.cache) for one in alone], dim=2)
+    torch.testing.assert_close(kv.stack(both.cache), expected)
+    assert [a.counts.sharer_prompt for a in pair.decode(both, **GREEDY)] == [(6,), ()]
+    with pytest.raises(FuserMismatchError, match="2 lists"):
+        pair.prefill(receiver_ids=rows, sharer_ids=rows, sharers=[[0]])
+
+
+@pytest.mark.parametrize("alignment", ["retokenise-first", "retokenise-longest"])
+def test_a_prompt_that_ends_in_content_is_fused(models, alignment):
+    receiver, sharer = models
+    bare = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    options = {"receiver_template": bare, "sharer_template": bare}
+    c2c = C2C(receiver, [sharer], [random_fuser(receiver, sharer, "paper", alignment=alignment, **options)])
+    fused, alone = (kv.stack(c2c.prefill(CONVERSATIONS[0], sharers=who).cache) for who in ([0], []))
+    changed = (fused != alone).any(-1).any(1).any(0).any(0).any(0).tolist()
+    assert changed == [False, True]  # the mark before it stays, and the last token, which is not read yet, is not there
+    text = plaintext.row(c2c, "hi there", [0])
+    assert set(text.sharers[0].due.tolist()) == {len(text.ids) - 1, 0}
 
 
 def test_only_fused_spans_differ_from_the_clean_cache(pair):
