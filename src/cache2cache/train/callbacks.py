@@ -68,7 +68,7 @@ class Halt(TrainerCallback):
         TrainingError: the loss or a gradient is not finite, or the loss is above the limit.
         """
         if args.world_size > 1:  # each process has its share, times their number; all see the same and end together
-            self.running.loss = reduce(torch.as_tensor(self.running.loss), "mean")
+            self.running.loss = reduce(torch.as_tensor(self.running.loss), "mean")  # type: ignore[assignment]
         loss = float(self.running.loss)
         what = None
         if not math.isfinite(loss) or loss > self.limit:
