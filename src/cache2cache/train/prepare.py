@@ -37,7 +37,7 @@ class Prepared:
     """None of a stream."""
     validation: list[TrainRow]
     dropped: list[Dropped]
-    """Training rows that give an evaluation away, and rows that are too long."""
+    """Training rows that give an evaluation away, and rows that are too long or teach nothing."""
     avoid: Contamination = field(repr=False)
     """What keeps a stream's rows away from the evaluation."""
 
