@@ -123,8 +123,9 @@ Devices = tuple[torch.device, torch.device]
 def stored(pair: C2C, rows: Sequence[TrainRow], folder: Path, devices: Devices) -> Reading:
     """Of the features that are not in `folder` yet."""
     (sharer,), lacking = pair.sharers, missing(rows, pair, folder)
-    read = _read(pair.receiver, lacking.own, devices[0], lacking.size)
-    return read + _read(sharer, [*map(heard_by, lacking.theirs)], devices[1], 0.0)
+    own = _read(pair.receiver, lacking.own, devices[0])
+    theirs = _read(sharer, [*map(heard_by, lacking.theirs)], devices[1])
+    return own + theirs + Reading(disk=lacking.size)
 
 
 def fetching(pair: C2C, rows: Sequence[TrainRow], folder: Path) -> float:
@@ -171,13 +172,14 @@ def teaching(pair: C2C, rows: Sequence[TrainRow], top: int, device: torch.device
         return Reading()
     tokens = sum(len(row.response) for row in rows)
     read = [np.concatenate([heard_by(row), row.response]) for row in rows]
-    reading = _read(sharer, read, device, 0.0 if folder is None else tokens * position_bytes(top))
+    reading = _read(sharer, read, device)
     layers = sum(weight.numel() for weight in layer_weights(sharer))
     head = head_weight(sharer).numel() / layers * tokens / sum(map(len, read))
-    return Reading(reading.seconds * (1 + head), reading.memory, reading.disk)
+    disk = 0.0 if folder is None else tokens * position_bytes(top)
+    return Reading(reading.seconds * (1 + head), reading.memory, disk)
 
 
-def _read(lm: LanguageModel, prompts: Sequence[Ids], device: torch.device, disk: float) -> Reading:
+def _read(lm: LanguageModel, prompts: Sequence[Ids], device: torch.device) -> Reading:
     """Of prefills, trees of about equal length in a batch, as `PrefillStore.compute` makes them."""
     if not prompts:
         return Reading()
@@ -188,4 +190,4 @@ def _read(lm: LanguageModel, prompts: Sequence[Ids], device: torch.device, disk:
     padded = [len(batch) * len(sequences[batch[0]]) for batch in batches]
     middle = batches[int(np.searchsorted(np.cumsum(padded), sum(padded) / 2))]
     seconds, memory = prefill_cost(lm, len(middle), len(sequences[middle[0]]), device)
-    return Reading(seconds * sum(padded) / (len(middle) * len(sequences[middle[0]])), memory, disk)
+    return Reading(seconds * sum(padded) / (len(middle) * len(sequences[middle[0]])), memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ def test_a_plan_says_what_a_run_then_takes(models, recipe, machine, folders, tmp
     assert promised.disk["fuser"] == tensors_in(tmp_path / "out" / "fuser")
     again = plan(recipe(**folders), machine)
     assert again.disk["prefills"] == again.time["prefills"] == 0, "what is there already is not counted"
+    (theirs,) = machine.features.glob("tiny-sharer-*")
+    size = tensors_in(theirs)
+    shutil.rmtree(theirs)
+    assert plan(recipe(**folders), machine).disk["prefills"] == size > 0, "one side's alone is"
 
 
 def test_distributions_of_the_sharer(models, recipe, machine, folders):
