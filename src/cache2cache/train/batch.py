@@ -26,6 +26,8 @@ class Example:
     """What must not be an evaluation question: a question without its options, or a prompt's last message."""
     place: str
     """Where it lies, for messages to people: "arc_easy/train.jsonl.zst, line 12"."""
+    alone: bool = False
+    """Whether it is to be answered as the receiver alone would, see `config.Source.learn`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class TrainRow:
     """The whole response as text, without the end of the turn."""
     place: str = ""
     """Where it lies, as in `Example`."""
+    alone: bool = False
+    """As in `Example`."""
     everywhere: bool = False
     """Whether it was made by `everywhere.everywhere`: `row` is prompt and response, but for the last token, and `response`
     (T,) what follows the last T of those, −100 where that is not learned."""
@@ -98,6 +102,7 @@ class Collator:
       and zero where nothing is fused. S is the first column at which a row is fused. Absent unless they were computed ahead.
     - their_positions (B, W): position ids of the sharer's keys.
     - teacher_ids, teacher_logprobs (B, T, K): absent without teachers.
+    - alone (B,): whether the row is to be answered as the receiver alone would.
     - places: where the rows lie, for people.
     - rows: the `TrainRow`s, of items that are untaught.
     """
@@ -115,7 +120,7 @@ class Collator:
         batch: dict[str, Any] = {
             "ids": prepared.ids, "mask": prepared.mask, "sharer_ids": part.ids, "sharer_mask": part.mask,
             "alignment": part.alignment, "due": part.due, "response": response, "labels": labels,
-            "places": [row.place for row in rows],
+            "alone": torch.tensor([row.alone for row in rows]), "places": [row.place for row in rows],
             "their_positions": kv.position_ids(part.mask).gather(1, grid(part.alignment, width)),
         }  # fmt: skip
         if items[0].own is not None and items[0].theirs is not None:

@@ -60,7 +60,7 @@ class Halt(TrainerCallback):
     def __init__(self, pair: C2C, objective: ObjectivePart, running: Running, output: Path):
         self.pair, self.running, self.folder = pair, running, output / HALTED
         guess = math.log(pair.receiver.model.get_output_embeddings().weight.shape[0])  # type: ignore[union-attr]
-        terms = objective.response + objective.distill + objective.contrastive
+        terms = max(objective.response, objective.receiver) + objective.distill + objective.contrastive
         self.limit = 2 * guess * terms + objective.contrastive * objective.margin
 
     def on_pre_optimizer_step(self, args, state, control, *, model: nn.Module, **kwargs) -> None:

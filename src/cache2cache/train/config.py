@@ -63,6 +63,9 @@ class Source(_Part):
     """Take a random sample of this many; of a stream, the first ones."""
     neighbours: int = Field(default=1, gt=0)
     """Sample runs of this many rows that follow one another. If those share a passage, the models read it once."""
+    learn: Literal["response", "receiver"] = "response"
+    """response: make the row's response likely. receiver: keep what the receiver alone would say next at each of the response's
+    tokens, its whole distribution, so that the fuser learns where it has nothing to add."""
     weight: float | None = Field(default=None, gt=0)
     """Share of the mixture, relative to the others'. With weights, rows of the sources are drawn in these proportions until
     one source is used up; all sources have one, or none."""
@@ -112,6 +115,10 @@ class DataPart(_Part):
             without = [source.name for source in sources if source.weight is None]
             if 0 < len(without) < len(sources):
                 raise ValueError(f"all sources have a weight or none; without one: {', '.join(without)}")
+        if kept := [source.name for source in self.validation if source.learn == "receiver"]:
+            raise ValueError(
+                f'validation measures responses, so no source of it has learn = "receiver": {", ".join(kept)}'
+            )
         return self
 
 
@@ -124,6 +131,8 @@ class ObjectivePart(_Part):
     rows are read in the same way."""
     response: float = Field(default=1.0, ge=0)
     """Weight of the response's cross-entropy."""
+    receiver: float = Field(default=1.0, gt=0)
+    """Weight of the divergence KL(receiver alone ‖ receiver) between their next-token distributions, on rows that learn it."""
     distill: float = Field(default=0.0, ge=0)
     """Weight of the divergence KL(sharer ‖ receiver) between their next-token distributions over shared tokens."""
     distill_top: int = Field(default=64, gt=1)
@@ -224,6 +233,11 @@ class Recipe(_Part):
         if self.objective.fused == "everywhere" and self.fuser.alignment != "native":
             raise ValueError(
                 'objective.fused = "everywhere" pairs the tokens of responses, which needs native alignment'
+            )
+        kept = any(source.learn == "receiver" for source in self.data.train)
+        if kept and (self.objective.fused == "everywhere" or self.objective.distill or self.objective.contrastive):
+            raise ValueError(
+                'rows with learn = "receiver" need objective.fused = "prompt", and neither distill nor contrastive'
             )
         if self.objective.contrastive and self.optim.batch_size == 1:
             raise ValueError("objective.contrastive needs another row in the batch: an optim.batch_size above 1")

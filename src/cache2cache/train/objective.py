@@ -28,6 +28,23 @@ def nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])  # type: ignore[misc]
 
 
+def departure(logits: torch.Tensor, alone: torch.Tensor) -> torch.Tensor:
+    """How far a model has gone from what it says alone, over all tokens: KL(alone ‖ model) = Σ p · (log p − log q).
+
+    Args:
+        logits, alone: (K, V), of any float dtype; gradients flow to the first.
+    Returns:
+        (K,) float32.
+    """
+
+    def some(logits: torch.Tensor, alone: torch.Tensor) -> torch.Tensor:
+        both = (x.float().log_softmax(1) for x in (logits, alone))
+        return functional.kl_div(*both, reduction="none", log_target=True).sum(1)
+
+    parts = zip(logits.split(_AT_ONCE), alone.split(_AT_ONCE), strict=True)
+    return torch.cat([checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])  # type: ignore[misc]
+
+
 def divergence(logits: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
     """KL(teacher ‖ model) over the teacher's tokens, both distributions normalised over them: Σ p · (log p − log q).
 

@@ -62,7 +62,7 @@ def train_rows(
         elif not (row.response >= 0).any():  # fused everywhere, and both models are nowhere at the same character
             dropped.append(Dropped(example.place, "no token to learn"))
         else:
-            rows.append(replace(row, place=example.place))
+            rows.append(replace(row, place=example.place, alone=example.alone))
     return rows, dropped
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,11 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _examples(
     source: Source, machine: Machine, turns: Turns, seed: int, *, streaming: bool = False
 ) -> Iterator[Example]:
+    alone = source.learn == "receiver"
+    yield from (replace(row, alone=alone) for row in _read(source, machine, turns, seed, streaming))
+
+
+def _read(source: Source, machine: Machine, turns: Turns, seed: int, streaming: bool) -> Iterator[Example]:
     if source.task is not None:
         task = tasks.get(source.task)
         order = seed if source.neighbours == 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -68,10 +69,10 @@ class TrainingStep(nn.Module):
 
         Returns:
             `loss`: while training, response · nats + distill · divergence + contrastive · hinge, each per response token
-            (`train.objective`); a batch of one row has no other row's cache to hear, so its hinge is zero. While
-            validating, nats per response token, and per row (B,): `nats` of its response, `mismatched` and `zeroed` the same
-            with another cache (NaN in a batch of one row, and without `mean`), `tokens` of the response, and `first`:
-            whether its first token is the likeliest.
+            (`train.objective`); a batch of one row has no other row's cache to hear, so its hinge is zero. Rows that learn what
+            the receiver says alone have receiver · departure instead. While validating, nats per response token, and per row
+            (B,): `nats` of its response, `mismatched` and `zeroed` the same with another cache (NaN in a batch of one row, and
+            without `mean`), `tokens` of the response, and `first`: whether its first token is the likeliest.
 
         Raises:
             DataError: while training, a batch in which no position is fused.
@@ -88,7 +89,11 @@ class TrainingStep(nn.Module):
         labelled, parts = batch["labels"] != -100, self._parts
         logits = self._logits(batch, own, heard)
         nats = objective.nats(logits, batch["response"][labelled])
-        loss = parts.response * nats.sum()
+        kept = batch["alone"][:, None].expand_as(labelled)[labelled]
+        loss = parts.response * nats[~kept].sum()
+        if kept.any():
+            departure = objective.departure(logits[kept], self._alone(batch, own, heard))
+            loss = loss + parts.receiver * departure.sum()
         if parts.distill:
             teacher = batch["teacher_ids"][labelled], batch["teacher_logprobs"][labelled]
             loss = loss + parts.distill * objective.divergence(logits, *teacher).sum()
@@ -164,6 +169,15 @@ class TrainingStep(nn.Module):
             self._fuse(cache, mask, stop, heard)
         with self._reading(tail.shape[1]):
             return logits_at(model, tail, whole, cache, batch["labels"] != -100)
+
+    @torch.no_grad()
+    def _alone(self, batch: Batch, own: DynamicCache, heard: Heard) -> torch.Tensor:
+        """As `_logits`, without a sharer, of the rows that learn what the receiver says alone."""
+        rows = batch["alone"].nonzero().squeeze(1)
+        some = {name: batch[name][rows] for name in ("ids", "mask", "response", "labels")}
+        cache = kv.clone(own)
+        kv.select_rows(cache, rows.tolist())
+        return self._behind_prompts(some, cache, replace(heard, due=torch.zeros_like(some["ids"])))
 
     def _everywhere(self, batch: Batch, own: DynamicCache, heard: Heard) -> torch.Tensor:
         """The receiver reads each response token behind a cache that is fused up to the token before it."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from cache2cache.train.objective import divergence, hinge, nats
+from cache2cache.train.objective import departure, divergence, hinge, nats
 
 
 @pytest.mark.parametrize("count", [0, 1, 256, 257])
@@ -32,6 +32,25 @@ def test_nats_keep_no_copy_of_the_logits_for_the_backward_pass():
         loss = nats(logits, torch.zeros(600, dtype=torch.long)).sum()
     assert not [x.shape for x in saved if x.dtype == torch.float32 and x.numel() >= logits.numel() // 3]
     loss.backward()
+
+
+@pytest.mark.parametrize("count", [3, 257])
+def test_departure_is_the_kl_over_all_tokens(count):
+    torch.manual_seed(0)
+    logits, alone = torch.randn(2, count, 9)
+    p, q = torch.distributions.Categorical(logits=alone), torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(departure(logits, alone), torch.distributions.kl_divergence(p, q))
+
+
+def test_departure_pulls_a_model_back_to_what_it_says_alone():
+    torch.manual_seed(0)
+    alone = torch.randn(4, 9, dtype=torch.bfloat16)
+    assert torch.equal(departure(alone, alone), torch.zeros(4))
+    logits = (alone.float() + torch.randn(4, 9)).requires_grad_()
+    before = departure(logits, alone).sum()
+    before.backward()
+    pulled = logits.grad
+    torch.testing.assert_close(pulled, logits.softmax(1) - alone.float().softmax(1))
 
 
 def test_divergence_is_the_kl_over_the_teachers_tokens():

@@ -118,6 +118,10 @@ def test_overrides_that_are_refused(write: Write, override: str, words: str):
     [
         (["data.response_tokens=4", "objective.distill=1"], "objective.distill follows whole responses"),
         (["data.stream=true", "optim.max_steps=9", "data.train.1.neighbours=2"], "neighbours samples rows"),
+        (["data.train.0.learn=receiver", "objective.distill=1"], 'rows with learn = "receiver" need'),
+        (["data.train.0.learn=receiver", "objective.contrastive=1"], 'rows with learn = "receiver" need'),
+        (["data.train.0.learn=receiver", "objective.fused=everywhere"], 'rows with learn = "receiver" need'),
+        (["data.validation.0.learn=receiver"], "validation measures responses"),
         (["objective.contrastive=1", "optim.batch_size=1"], "needs another row in the batch"),
         (["data.stream=true", "optim.max_steps=9", "optim.bucket=true"], "optim.bucket needs the rows' lengths"),
     ],

@@ -1,5 +1,7 @@
 """From examples to tokens: the response is kept whole, prompts lose words and never template tokens."""
 
+from dataclasses import replace
+
 import pytest
 
 from cache2cache import C2C
@@ -42,6 +44,11 @@ def test_a_row_holds_the_prompt_of_both_sides_and_the_response_with_its_end(c2c)
     assert (row.row.ids == expected.ids).all() and (row.row.sharers[0].ids == expected.sharers[0].ids).all()
     assert c2c.receiver.tokenizer.decode(row.response) == "yes" + c2c.receiver.tokenizer.eos_token
     assert (row.text, dropped) == ("yes", [])
+
+
+def test_a_row_remembers_what_is_learned_of_it(c2c):
+    rows, _ = train_rows([example("hi"), replace(example("hi"), alone=True)], c2c)
+    assert [row.alone for row in rows] == [False, True]
 
 
 def test_of_a_long_response_the_beginning_is_learned(c2c):

@@ -237,6 +237,15 @@ def test_a_tasks_neighbours_are_those_that_were_published(tmp_path, machine):
     assert len({example.messages[0]["content"].split("\n")[0] for example in found}) == 2
 
 
+def test_rows_know_what_is_learned_of_them(tmp_path, machine):
+    plain = write(tmp_path, "a.jsonl", numbered(4))
+    kept = write(tmp_path, "b.jsonl", numbered(3)).model_copy(update={"learn": "receiver"})
+    expected = [False] * 4 + [True] * 3
+    assert [row.alone for row in read([plain, kept], machine, seed=0, turns="last")] == expected
+    streamed = stream([plain, kept], machine, seed=0, turns="last", buffer=9)
+    assert sorted(row.alone for row in streamed) == expected
+
+
 def test_a_source_without_rows_is_an_error(tmp_path, machine):
     source = write(tmp_path, "a.jsonl", [])
     with pytest.raises(DataError, match=r"a\.jsonl has too few rows"):

@@ -258,6 +258,44 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(pair, parts):
     torch.testing.assert_close(step(num_items_in_batch=7, **batch)["loss"], total / 7, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("alignment", ["native", "retokenise-longest"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_that_learn_the_receiver_lose_what_they_depart_from_it(alignment, ahead):
+    """Against plain forward passes, in a batch with a row that does not and learns its response."""
+    pair, learned = pair_of(alignment), 1
+    all_rows = [replace(row, alone=i != learned) for i, row in enumerate(rows(pair))]
+    batch = Collator(pair)([stored(pair, row) if ahead else Item(row) for row in all_rows])
+    total = torch.tensor(0.0)
+    for row in all_rows:
+        single = Collator(pair)([Item(row)])
+        if not row.alone:
+            total += 0.7 * request_path_nats(pair, single)[0]
+            continue
+        ids = torch.cat([single["ids"], single["response"][:, :-1]], dim=1)
+        fused = pair.read(as_inputs(single)).cache
+        with torch.no_grad():
+            size = len(row.response)
+            alone = pair.receiver.model(input_ids=ids).logits[0, -size:].log_softmax(1)
+            heard = pair.receiver.model(input_ids=ids[:, -size:], past_key_values=fused).logits[0].log_softmax(1)
+        total += 3.0 * (alone.exp() * (alone - heard)).sum()
+    got = TrainingStep(pair, ObjectivePart(response=0.7, receiver=3.0)).train()(**batch)["loss"]
+    assert total > 1
+    torch.testing.assert_close(got, total / (batch["labels"] != -100).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_to_learn_the_receiver_is_to_fall_silent(pair):
+    """Where the gates are closed there is nothing to lose; where they are open, only the fuser gets gradients."""
+    alone = [Item(replace(row, alone=True)) for row in rows(pair)]
+    found = gradients(TrainingStep(pair, ObjectivePart()), [Collator(pair)(alone)])
+    assert any(gradient.abs().max() > 0 for gradient in found.values())
+    assert all(p.grad is None for p in pair.receiver.model.parameters())
+    closed = pair_of()
+    with torch.no_grad():
+        closed.fusers[0].gate.logit.fill_(-1.0)
+    loss = TrainingStep(closed, ObjectivePart()).train()(**Collator(closed)(alone))["loss"]
+    assert abs(float(loss)) < 1e-6
+
+
 def gradients(step: TrainingStep, batches, count: int | None = None) -> dict[str, torch.Tensor]:
     step.fuser.zero_grad()
     for batch in batches:
