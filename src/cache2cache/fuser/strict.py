@@ -37,4 +37,7 @@ def check_weights(source: object, expected: Mapping[str, torch.Size], state: Map
 
 def in_words(error: ValidationError) -> str:
     """Which fields are wrong and why, in one line."""
-    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors())
+    faults = (
+        (".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")) for fault in error.errors()
+    )
+    return "; ".join(f"{place}: {said}" if place else said for place, said in faults)

@@ -70,19 +70,20 @@ class Halt(TrainerCallback):
         if args.world_size > 1:  # each process has its share, times their number; all see the same and end together
             self.running.loss = reduce(torch.as_tensor(self.running.loss), "mean")  # type: ignore[assignment]
         loss = float(self.running.loss)
-        what = None
+        said: dict[str, str] = {}
         if not math.isfinite(loss) or loss > self.limit:
             what = "the loss is not finite" if not math.isfinite(loss) else "the loss explodes"
-        elif bad := _not_finite(model):
-            what = f"gradients are not finite ({', '.join(bad)})"
-        if what is None:
+            said = {"got": f"{loss:.4g}", "allowed": f"at most {self.limit:.4g}"}
+        elif not _finite(model):
+            what = "gradients are not finite"
+        else:
             return
         self._save(args.process_index)
         raise TrainingError(
             f"{what} in step {state.global_step + 1}",
-            got=f"{loss:.4g}", allowed=f"at most {self.limit:.4g}",
+            **said,
             hint=f"Its rows are in {self.folder}; try a lower learning rate, a longer warm-up, or models in float32",
-        )  # fmt: skip
+        )
 
     def _save(self, process: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,12 +104,9 @@ class Halt(TrainerCallback):
         (self.folder / f"rows-{process}.jsonl").write_text(text, encoding="utf-8")
 
 
-def _not_finite(model: nn.Module) -> list[str]:
-    """Parameters whose gradients are not finite."""
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if nn.utils.get_total_norm(list(grads.values())).isfinite():  # one pass over them, as good as always the only one
-        return []
-    return [name for name, grad in grads.items() if not grad.isfinite().all()]
+def _finite(model: nn.Module) -> bool:
+    """Whether all gradients are. Which are not cannot be told any more: clipping has spread it to all."""
+    return bool(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).isfinite())
 
 
 class Bar(TrainerCallback):

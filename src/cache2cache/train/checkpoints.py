@@ -30,6 +30,8 @@ HALTED = "halted"
 _PREFIX = "checkpoint-"
 _MARKER = "complete.json"
 _STATE = "trainer_state.json"
+_ANEW = "Restore it, or give another --output to begin anew"
+_BEFORE = "Restore it, or delete it to go on from the checkpoint before it"
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,14 @@ class Checkpoint:
         """Digest of the rows that were trained on."""
         return self._marker()["rows"]
 
-    def check(self) -> None:
-        """Raise TrainingError if files have gone or have another size than when it was whole."""
+    def check(self, remedy: str = _ANEW) -> None:
+        """Raise TrainingError, which names a remedy, if files have gone or have another size than when it was whole."""
         for name, size in self._marker()["files"].items():
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 got = f"no {name}" if found is None else f"{name} of {found:,} bytes"
-                raise self._damaged(got, f"{name} of {size:,} bytes")
+                raise self._damaged(got, f"{name} of {size:,} bytes", remedy)
 
     @property
     def ended(self) -> bool:
@@ -86,13 +88,10 @@ class Checkpoint:
         try:
             return json.loads((self.folder / _MARKER).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise self._damaged(f"{_MARKER}: {error}", "the JSON that was written") from error
+            raise self._damaged(f"{_MARKER}: {error}", "the JSON that was written", _BEFORE) from error
 
-    def _damaged(self, got: str, allowed: str) -> TrainingError:
-        return TrainingError(
-            f"{self.folder} is damaged", got=got, allowed=allowed,
-            hint="Restore it, or delete it to go on from the checkpoint before it",
-        )  # fmt: skip
+    def _damaged(self, got: str, allowed: str, remedy: str) -> TrainingError:
+        return TrainingError(f"{self.folder} is damaged", got=got, allowed=allowed, hint=remedy)
 
 
 @contextmanager
@@ -146,6 +145,8 @@ def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
         raise TrainingError(
             f"the output folder holds {', '.join(left)} but no {RECIPE}", got=output, hint=anew.capitalize()
         )
+    if not (_whole(output) or (output / FUSER).exists()):
+        shutil.rmtree(output / HALTED, ignore_errors=True)  # of a run that left nothing else
     partial = path.with_suffix(".partial")
     partial.write_text(recipe.model_dump_json(indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -154,17 +155,26 @@ def _claim(output: Path, recipe: Recipe, resume: bool) -> None:
         shutil.rmtree(folder)
 
 
-def last_complete(output: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run.
+def to_resume(output: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, None if it has none.
 
     Raises:
-        TrainingError: it has been damaged since.
+        TrainingError: it, or the best one so far, which the run may end with, has been damaged since or is gone.
     """
     whole = _whole(output)
     if not whole:
         return None
-    whole[-1].check()
-    return whole[-1]
+    newest = whole[-1]
+    newest.check(_BEFORE)
+    if newest.best_step not in (None, newest.step):
+        best = Checkpoint(folder_of(output, newest.best_step))  # type: ignore[arg-type]
+        if not (best.folder / _MARKER).is_file():
+            raise TrainingError(
+                f"{best.folder} is gone, which has the best weights so far",
+                hint=_ANEW,
+            )
+        best.check()
+    return newest
 
 
 def folder_of(output: Path, step: int) -> Path:
@@ -189,10 +199,12 @@ def complete(folder: Path, processes: int, rows: str) -> None:
     _sync(folder)
 
 
-def prune(output: Path, keep: int, best_step: int | None) -> None:
-    """Delete all whole checkpoints but the newest `keep` and the best."""
-    for checkpoint in _whole(output)[:-keep]:
-        if checkpoint.step != best_step:
+def prune(output: Path, keep: int) -> None:
+    """Delete all whole checkpoints but the newest `keep`, and what was the best at each of them: a run may go on from any."""
+    whole = _whole(output)
+    best = {checkpoint.best_step for checkpoint in whole[-keep:]}
+    for checkpoint in whole[:-keep]:
+        if checkpoint.step not in best:
             (checkpoint.folder / _MARKER).unlink()
             shutil.rmtree(checkpoint.folder)
 

@@ -18,6 +18,10 @@ from cache2cache.train.sources import ENDINGS, raw_rows
 
 _RUN = 13
 
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Kana and Han characters, which are written without spaces: each counts as a word."""
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -42,8 +46,10 @@ class Dropped:
 class Contamination:
     """Keeps training rows away from evaluation questions, and remembers those that it kept out.
 
-    Case, punctuation and white space do not matter. A row asks the same as a question if the whole of what it asks in any
-    turn, or one line of it, is the question: chats often wrap a question in instructions and options.
+    Case, punctuation and white space do not matter; a Chinese or Japanese character counts as a word. A row asks the same as a
+    question if the whole of what it asks in any turn, or one line of it, is the question: chats often wrap a question in
+    instructions and options. What is compared is what people ask: user turns, without the passage of a short answer, and neither
+    system messages nor answers.
 
     Args:
         held_out: neither these nor a run of 13 words of one may be asked.
@@ -72,8 +78,7 @@ class Contamination:
     def find(self, row: Example) -> Dropped | None:
         """Why a row must not be trained on; None if it may be."""
         # Earlier turns give away as much: their answers stand in the prompt.
-        earlier = (message["content"] for message in row.messages[:-1] if message["role"] == "user")
-        asked = [row.asked, *earlier]
+        asked = [row.asked, *(m["content"] for m in row.messages[:-1] if m["role"] == "user")]
         for text in (x for whole in asked for x in (whole, *whole.splitlines())):
             if place := self._questions.get(" ".join(_words(text))):
                 return Dropped(row.place, "same question", place)
@@ -131,7 +136,7 @@ def _asked(row: Mapping[str, Any], place: str) -> str:
 
 def _words(text: str) -> list[str]:
     """Words without case and punctuation; a text of symbols only is one word."""
-    return re.findall(r"\w+", text.lower()) or [text.strip()]
+    return _WORD.findall(text.lower()) or [text.strip()]
 
 
 def _runs(words: Sequence[str]) -> Iterator[str]:

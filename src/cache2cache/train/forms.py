@@ -48,7 +48,7 @@ def examples_of(row: Mapping[str, Any], place: str, turns: Turns) -> list[Exampl
                 "a number as the answer of a row without choices", got=row["answer"], allowed="text, or choices beside it",
                 hint="Write the number as text, or name the options choices",
             )  # fmt: skip
-    item = form.item({"id": place} | {key: row.get(key) for key in keys})
+    item = form.item({"id": place} | {key: row[key] for key in keys if row.get(key) is not None})
     return [Example(list(item.messages), item.target, item.topic, place)]
 
 

@@ -38,8 +38,8 @@ def departure(logits: torch.Tensor, alone: torch.Tensor) -> torch.Tensor:
     """
 
     def some(logits: torch.Tensor, alone: torch.Tensor) -> torch.Tensor:
-        both = (x.float().log_softmax(1) for x in (logits, alone))
-        return functional.kl_div(*both, reduction="none", log_target=True).sum(1)
+        here, there = logits.float().log_softmax(1), alone.float().log_softmax(1)
+        return functional.kl_div(here, there, reduction="none", log_target=True).sum(1)
 
     parts = zip(logits.split(_AT_ONCE), alone.split(_AT_ONCE), strict=True)
     return torch.cat([checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])  # type: ignore[misc]

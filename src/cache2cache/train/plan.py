@@ -17,7 +17,6 @@ from cache2cache.train.config import Machine, Recipe
 from cache2cache.train.costs import batch_bytes, batch_seconds, on_line
 from cache2cache.train.prepare import Prepared, fuser_to_begin_with, new_config, prepare_rows
 from cache2cache.train.statistics import STATISTICS_ROWS, measured_rows
-from cache2cache.train.stream import RowStream
 from cache2cache.train.workload import Reading, Schedule, columns, fetching, heard_by, live, stored, teaching
 
 _HELD = torch.long.itemsize + torch.float32.itemsize
@@ -86,8 +85,6 @@ class _Reckoning:
     ):
         self.recipe, self.machine, self.models, self.validation = recipe, machine, models, prepared.validation
         self.dropped, self.rows = prepared.dropped, prepared.train
-        if recipe.data.stream:
-            self.rows = [item.row for item in RowStream(recipe, pair, machine, prepared.avoid).first(STATISTICS_ROWS)]
         device = device_of(machine)
         self.devices = device, torch.device(machine.sharer_device or device)
         # Before anything is measured: what a run, too, has when its models are loaded.

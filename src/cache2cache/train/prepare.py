@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from cache2cache.train.batch import TrainRow
 from cache2cache.train.config import Machine, Recipe
 from cache2cache.train.contamination import Contamination, Dropped, read_held_out
 from cache2cache.train.rows import train_rows
+from cache2cache.train.statistics import STATISTICS_ROWS
+from cache2cache.train.stream import RowStream
 from cache2cache.types import ModelCard
 
 
@@ -34,7 +37,7 @@ class Prepared:
     """A recipe's rows as tokens."""
 
     train: list[TrainRow]
-    """None of a stream."""
+    """Of a stream the first ones, `first_of`."""
     validation: list[TrainRow]
     dropped: list[Dropped]
     """Training rows that give an evaluation away, and rows that are too long or teach nothing."""
@@ -43,7 +46,7 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """Of all rows that are held, as both models read them, in order."""
+        """Of all rows that are held, as both models read them, in order; of a stream so of its first ones."""
         found = hashlib.sha256()
         for rows in (self.train, self.validation):
             for row in rows:
@@ -124,28 +127,41 @@ def new_config(recipe: Recipe, receiver: ModelCard, sharer: ModelCard) -> FuserC
 def prepare_rows(recipe: Recipe, pair: C2C, machine: Machine) -> Prepared:
     """Read a recipe's rows, leave out those that give an evaluation away, and tokenise the others.
 
-    Validation rows count as evaluation too. Rows of a stream are left to be read later.
+    Validation rows count as evaluation too. Of a stream the first rows are read, which training reads again.
 
     Raises:
         DataError, RecipeError, DownloadError, MissingExtraError: see `sources.read`.
         ContextLengthError: see `rows.train_rows`.
+        DataError: no row is left, or none is fused anywhere.
     """
     data = recipe.data
     chosen = sources.read(data.validation, machine, seed=recipe.rows_seed, turns=data.turns)
     avoid = Contamination(read_held_out(data.held_out, machine), chosen)
-    examples = []
-    if not data.stream:
-        examples = sources.read(data.train, machine, seed=recipe.rows_seed, turns=data.turns, keep=avoid.keep)
     form: dict[str, Any] = {
         "max_tokens": data.max_tokens, "response_tokens": data.response_tokens, "fused": recipe.objective.fused,
     }  # fmt: skip
-    train, long_train = train_rows(examples, pair, **form)
     validation, long_validation = train_rows(chosen, pair, **form)
-    prepared = Prepared(train, validation, [*avoid.dropped, *long_train, *long_validation], avoid)
-    if not validation or not (train or data.stream):
+    if data.stream:
+        train = [item.row for item in islice(RowStream(recipe, pair, machine, avoid), first_of(recipe))]
+        prepared = Prepared(train, validation, long_validation, avoid)
+    else:
+        examples = sources.read(data.train, machine, seed=recipe.rows_seed, turns=data.turns, keep=avoid.keep)
+        train, long_train = train_rows(examples, pair, **form)
+        prepared = Prepared(train, validation, [*avoid.dropped, *long_train, *long_validation], avoid)
+    if not validation or not train:
         raise DataError("no row is left to train or to validate on", got=f"dropped: {_counted(prepared.dropped)}")
+    if not any(len(row.heard) for row in train):
+        raise DataError(
+            "no position of any training row is fused, so nothing can be learned", got=f"fuse_last {recipe.fuser.fuse_last}",
+            hint="Raise fuser.fuse_last: where messages are fused one by one, the prompt's last positions may be the template's",
+        )  # fmt: skip
     say(_told(recipe, prepared))
     return prepared
+
+
+def first_of(recipe: Recipe) -> int:
+    """How many rows of a stream stand for all: they are measured, and a resumed run has to meet them again."""
+    return max(STATISTICS_ROWS, recipe.optim.batch_size)
 
 
 def _told(recipe: Recipe, prepared: Prepared) -> str:

@@ -43,7 +43,7 @@ def train(recipe: Recipe, output: Path, machine: Machine, *, resume: bool = Fals
         resume: go on with the run in `output`, from its last whole checkpoint if it has one.
 
     Raises:
-        TrainingError: see `checkpoints.held`, `checkpoints.last_complete`, `callbacks.Halt`; also a checkpoint of another number
+        TrainingError: see `checkpoints.held`, `checkpoints.to_resume`, `callbacks.Halt`; also a checkpoint of another number
             of processes, or of other rows.
         DataError, RecipeError: rows or fields that cannot be trained on.
         ModelError, UnknownModelError, DownloadError: a model that cannot take part or be had.
@@ -52,7 +52,7 @@ def train(recipe: Recipe, output: Path, machine: Machine, *, resume: bool = Fals
     everyone = PartialState()
     with checkpoints.held(output, recipe, resume=resume) if everyone.is_main_process else nullcontext():
         everyone.wait_for_everyone()
-        checkpoint = checkpoints.last_complete(output)
+        checkpoint = checkpoints.to_resume(output)
         if checkpoint is not None and checkpoint.processes != args.world_size:
             raise TrainingError(
                 "the checkpoint belongs to a run on another number of processes, with other batches",
@@ -90,7 +90,7 @@ def trainer_of(
         check_room(recipe, prepared, pair, folder)
     if recipe.data.stream:
         rows, order = RowStream(recipe, pair, machine, prepared.avoid), None
-        measured = rows.first(statistics.STATISTICS_ROWS)
+        measured = [Item(row) for row in prepared.train[: statistics.STATISTICS_ROWS]]
         teach = Teach(pair, objective.distill_top) if objective.distill else None
         validation = FeatureDataset(prepared.validation, pair, None)
     else:
@@ -103,7 +103,7 @@ def trainer_of(
         validation = FeatureDataset(prepared.validation, pair, folder)
     step = _step(recipe, pair, measured)
     trainer = FuserTrainer(step, pair, recipe, args, Collator(pair), rows, validation, order, prepared.digest, teach)
-    set_seed(recipe.seed + args.process_index)  # gates and dropout draw their own noise on each process
+    set_seed((recipe.seed + args.process_index) % 2**32)  # gates and dropout draw their own noise on each process
     return trainer
 
 
@@ -172,7 +172,7 @@ def _summary(recipe: Recipe, prepared: Prepared, dropped: list[Dropped], state: 
         **({"init": recipe.fuser.init} if recipe.fuser.init else {}),
         "rows": "a stream" if recipe.data.stream else len(prepared.train),
         "rows_dropped": dict(Counter(row.reason for row in dropped)),
-        "sources": {source.name: source.limit or "all" for source in recipe.data.train},
+        "sources": [source.model_dump(mode="json", exclude_defaults=True) for source in recipe.data.train],
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "validation_rows": len(prepared.validation),

@@ -9,7 +9,7 @@ import glob
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def read(
         samples.append(_sample(rows, source, random.Random(seed)))
     if weights is None:
         return [row for sample in samples for row in sample]
-    return list(_mixed([iter(sample) for sample in samples], weights, random.Random(seed)))
+    return list(_mixed([iter(sample) for sample in samples], weights, random.Random(seed), [None] * len(samples)))
 
 
 def _sample(rows: list[Example], source: Source, draw: random.Random) -> list[Example]:
@@ -67,27 +67,14 @@ def _sample(rows: list[Example], source: Source, draw: random.Random) -> list[Ex
     return list(islice(chain.from_iterable(runs), source.limit))
 
 
-class Stream(Iterable[Example]):
-    """Rows that are read while they are needed, never held. Each pass has an order of its own, drawn by seed and pass."""
-
-    def __init__(self, one_pass: Callable[[int], Iterator[Example]]):
-        self._one_pass, self._epoch = one_pass, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next pass be the one with this number, counted from 0; without it, they follow one another."""
-        self._epoch = epoch
-
-    def __iter__(self) -> Iterator[Example]:
-        self._epoch += 1
-        return self._one_pass(self._epoch - 1)
-
-
 def stream(
     sources: Sequence[Source], machine: Machine, *, seed: int, turns: Turns, buffer: int, keep: Keep | None = None
-) -> Stream:
-    """As `read`, but rows are read as they come, mixed and shuffled.
+) -> Iterator[Iterator[Example]]:
+    """As `read`, but rows are read as they come, mixed and shuffled: passes without end, each to be read to its end.
 
-    A limit takes a source's first rows. Without weights each row comes once per pass, from sources drawn evenly.
+    Each pass has an order of its own, drawn by seed and pass. A limit takes a source's first rows. Without weights each row comes
+    once per pass, from sources drawn evenly. With weights a pass ends when one source is used up, which then begins anew; the
+    others go on where they were.
 
     Args:
         buffer: rows among which the next is drawn.
@@ -108,11 +95,11 @@ def stream(
         if not found:
             raise DataError(f"{source.name} has no rows to train on")
 
-    def one_pass(epoch: int) -> Iterator[Example]:
-        draw = random.Random(f"{seed}, pass {epoch}")
-        return _shuffled(_mixed([kept(source) for source in sources], weights, draw), buffer, draw)
-
-    return Stream(one_pass)
+    left: list[Iterator[Example] | None] = [None] * len(sources)
+    for number in count():
+        draw = random.Random(f"{seed}, pass {number}")
+        parts = [kept(source) if rest is None else rest for source, rest in zip(sources, left, strict=True)]
+        yield _shuffled(_mixed(parts, weights, draw, left), buffer, draw)
 
 
 def raw_rows(source: Source, machine: Machine, *, streaming: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -178,11 +165,15 @@ def _weights(sources: Sequence[Source]) -> list[float] | None:
 
 
 def _mixed(
-    parts: Sequence[Iterator[Example]], weights: Sequence[float] | None, draw: random.Random
+    parts: Sequence[Iterator[Example]],
+    weights: Sequence[float] | None,
+    draw: random.Random,
+    left: list[Iterator[Example] | None],
 ) -> Iterator[Example]:
     """Rows drawn from parts by weight until one is used up; without weights evenly, until all are.
 
     With weights the same process as `datasets.interleave_datasets(…, probabilities, stopping_strategy="first_exhausted")`.
+    `left` gets what is left of each part in the end, None of one that is used up.
     """
     ahead = [next(part, None) for part in parts]
     while all(ahead) if weights else any(ahead):
@@ -190,6 +181,7 @@ def _mixed(
         row, ahead[at] = ahead[at], next(parts[at], None)
         assert row is not None, "a part that is used up is never drawn"
         yield row
+    left[:] = [None if row is None else chain([row], part) for row, part in zip(ahead, parts, strict=True)]
 
 
 def _shuffled(rows: Iterable[Example], buffer: int, draw: random.Random) -> Iterator[Example]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count, islice
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -38,12 +37,11 @@ class RowStream(IterableDataset[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         data = self._recipe.data
-        examples = sources.stream(
+        passes = sources.stream(
             data.train, self._machine, seed=self._recipe.rows_seed, turns=data.turns, buffer=data.shuffle_buffer,
             keep=self._avoid.keep,
         )  # fmt: skip
-        for number in count():
-            examples.set_epoch(number)
+        for examples in passes:
             empty = True
             for example in examples:
                 rows, too_long = train_rows(
@@ -56,10 +54,6 @@ class RowStream(IterableDataset[Item]):
                     yield Item(row, untaught=bool(self._recipe.objective.distill))
             if empty:
                 raise DataError("no row of the stream can be trained on", got=f"{len(self.dropped)} dropped rows")
-
-    def first(self, size: int) -> list[Item]:
-        """The first rows; training will see them too."""
-        return list(islice(self, size))
 
 
 class Teach:

@@ -146,7 +146,7 @@ class FuserTrainer(Trainer):
             output = Path(self.args.output_dir)  # type: ignore[arg-type]
             folder = checkpoints.folder_of(output, self.state.global_step)
             checkpoints.complete(folder, self.args.world_size, self._digest)
-            checkpoints.prune(output, self._recipe.watch.keep, self.state.best_global_step)
+            checkpoints.prune(output, self._recipe.watch.keep)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -81,20 +81,21 @@ def test_of_several_processes_the_loss_counts_that_all_have_together(c2c, tmp_pa
         halt.on_pre_optimizer_step(two, state(7), None, model=c2c.fusers[0])
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_and_is_named(c2c, tmp_path):
+def test_a_gradient_that_is_not_finite_ends_the_run(c2c, tmp_path):
     (fuser,) = c2c.fusers
     halt = Halt(c2c, ObjectivePart(), running(c2c, 1.0), tmp_path)
     fuser.enter.weight.grad = torch.zeros_like(fuser.enter.weight)
     halt.on_pre_optimizer_step(ARGS, state(0), None, model=fuser)
     assert not (tmp_path / "halted").exists()
     fuser.enter.weight.grad[0, 0, 0, 0] = math.inf
-    with pytest.raises(TrainingError, match=r"gradients are not finite \(enter\.weight\)"):
+    with pytest.raises(TrainingError, match="gradients are not finite in step 1") as error:
         halt.on_pre_optimizer_step(ARGS, state(0), None, model=fuser)
+    assert "got" not in str(error.value), "the loss is as it should be"
 
 
 @pytest.mark.parametrize(
     ("objective", "terms", "more"),
-    [({}, 1, 0), ({"distill": 0.5}, 1.5, 0), ({"response": 0, "distill": 1}, 1, 0), ({"contrastive": 2, "margin": 3}, 3, 6)],
+    [({}, 1, 0), ({"distill": 0.5}, 1.5, 0), ({"response": 0, "distill": 1}, 2, 0), ({"contrastive": 2, "margin": 3}, 3, 6)],
 )  # fmt: skip
 def test_the_limit_is_twice_a_uniform_guess_for_each_term(c2c, tmp_path, objective, terms, more):
     halt = Halt(c2c, ObjectivePart(**objective), Running(), tmp_path)

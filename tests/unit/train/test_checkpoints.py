@@ -7,7 +7,7 @@ import pytest
 
 from cache2cache.errors import TrainingError
 from cache2cache.train import checkpoints
-from cache2cache.train.checkpoints import Checkpoint, complete, folder_of, held, last_complete, prune
+from cache2cache.train.checkpoints import Checkpoint, complete, folder_of, held, prune, to_resume
 
 
 def save(output, step: int, *, whole: bool = True, max_steps: int = 100, stop: bool = False, best: int | None = None):
@@ -23,12 +23,12 @@ def save(output, step: int, *, whole: bool = True, max_steps: int = 100, stop: b
 
 
 def test_the_last_whole_checkpoint_counts_by_its_step(tmp_path):
-    assert last_complete(tmp_path) is None
+    assert to_resume(tmp_path) is None
     for step in (8, 24, 100):
         save(tmp_path, step)
     save(tmp_path, 108, whole=False)
     (tmp_path / "checkpoint-best").mkdir()
-    found = last_complete(tmp_path)
+    found = to_resume(tmp_path)
     assert found is not None and found.step == 100 and found.processes == 2
 
 
@@ -44,9 +44,9 @@ def test_nothing_goes_on_from_a_damaged_checkpoint(tmp_path, damage, said):
     save(tmp_path, 8)
     damage(save(tmp_path, 16) / "trainer_state.json")
     with pytest.raises(TrainingError, match=rf"checkpoint-16 is damaged; {said}.*delete it to go on"):
-        last_complete(tmp_path)
+        to_resume(tmp_path)
     shutil.rmtree(folder_of(tmp_path, 16))
-    found = last_complete(tmp_path)
+    found = to_resume(tmp_path)
     assert found is not None and found.step == 8
 
 
@@ -59,12 +59,19 @@ def test_a_run_has_ended_at_its_last_step_or_when_it_was_stopped(tmp_path, step,
 
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
-    [(1, None, [40]), (2, None, [30, 40]), (1, 20, [20, 40]), (2, 40, [30, 40]), (9, 10, [10, 20, 30, 40])],
+    [
+        (1, [8, 16, 24, 32], [32]),
+        (1, [8, 8, 8, 8], [8, 32]),
+        (2, [8, 16, 16, 32], [16, 24, 32]),
+        (9, [8, 16, 24, 32], [8, 16, 24, 32]),
+        (1, [None] * 4, [32]),
+    ],
 )
-def test_the_newest_and_the_best_are_kept(tmp_path, keep, best, left):
-    for step in (10, 20, 30, 40):
-        save(tmp_path, step)
-    prune(tmp_path, keep, best)
+def test_the_newest_are_kept_and_what_was_best_at_each_of_them(tmp_path, keep, best, left):
+    """Where the newest is deleted, the one before it is gone on from."""
+    for step, so_far in zip((8, 16, 24, 32), best, strict=True):
+        save(tmp_path, step, best=so_far)
+    prune(tmp_path, keep)
     assert sorted(int(x.name.removeprefix("checkpoint-")) for x in tmp_path.iterdir()) == left
 
 
@@ -77,7 +84,7 @@ def test_a_checkpoint_that_is_being_deleted_is_no_longer_whole(tmp_path, monkeyp
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        prune(tmp_path, 1, None)
+        prune(tmp_path, 1)
     assert not (folder_of(tmp_path, 8) / "complete.json").exists()
 
 

@@ -45,6 +45,16 @@ def test_other_rows_are_not(asked):
     assert KNOWN.find(example(asked)) is None
 
 
+def test_text_without_spaces_is_compared_by_its_characters():
+    question = "下列关于细胞膜结构与功能的叙述中，哪一项是正确的？"
+    known = Contamination([HeldOut(question, "ceval, row 7"), HeldOut("これは何ですか", "test, line 2")])
+    assert known.find(example(f"请回答下面的问题：{question}。请给出理由")) == Dropped(
+        "train, line 1", "13 words in a row", "ceval, row 7"
+    )
+    assert known.find(example(f"答える：\n{'これは何ですか'}。")).reason == "same question"
+    assert known.find(example("下列关于细胞膜结构与成分的叙述中，哪一项是错误的？")) is None, "12 in a row at most"
+
+
 def test_an_earlier_turn_gives_away_as_much():
     turns = [("user", "Which is a colour?"), ("assistant", "Red."), ("user", "Why?")]
     chat = Example([{"role": role, "content": text} for role, text in turns], "So it is.", "Why?", "train, line 3")

@@ -11,7 +11,7 @@ import torch
 
 from cache2cache import Fuser
 from cache2cache.testing import tiny_pair
-from cache2cache.train.checkpoints import last_complete
+from cache2cache.train.checkpoints import to_resume
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -53,14 +53,14 @@ def run(
 
 
 def history(output: Path) -> list[dict]:
-    checkpoint = last_complete(output)
+    checkpoint = to_resume(output)
     assert checkpoint is not None
     entries = json.loads(checkpoint.state_file.read_text())["log_history"]
     return [{key: entry[key] for key in COMPARED if key in entry} for entry in entries]
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    checkpoint = last_complete(output)
+    checkpoint = to_resume(output)
     assert checkpoint is not None
     return Fuser.from_pretrained(checkpoint.folder).state_dict()
 
@@ -92,7 +92,7 @@ def test_two_processes_go_on_after_a_kill(folder, recipe):
     )
     assert run(folder, "whole", noisy, 2).returncode == 0
     assert run(folder, "cut", noisy, 2, "4").returncode != 0
-    checkpoint = last_complete(folder / "cut")
+    checkpoint = to_resume(folder / "cut")
     assert checkpoint is not None and checkpoint.step == 3 and checkpoint.processes == 2
     done = run(folder, "cut", noisy, 2)
     assert done.returncode == 0, done.stderr
@@ -108,13 +108,13 @@ def test_a_fuser_in_shards_learns_the_same_also_after_a_kill(folder, recipe):
     one, two = (recipe(**parts, optim={"epochs": 3, "batch_size": size}, watch=watch) for size in (4, 2))
     assert run(folder, "one", one, 1).returncode == 0
     assert run(folder, "two", two, 2, "7", **FSDP).returncode != 0
-    checkpoint = last_complete(folder / "two")
+    checkpoint = to_resume(folder / "two")
     assert checkpoint is not None and checkpoint.step == 6
     done = run(folder, "two", two, 2, **FSDP)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(history(folder / "one"), history(folder / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
-    best = last_complete(folder / "two")
+    best = to_resume(folder / "two")
     assert best is not None and best.best_step == best.step == 12
     last, kept = weights(folder / "two"), Fuser.from_pretrained(folder / "two" / "fuser").state_dict()
     for name, tensor in weights(folder / "one").items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from cache2cache import Fuser
 from cache2cache.errors import TrainingError
 from cache2cache.testing import tiny_pair
 from cache2cache.train import checkpoints
-from cache2cache.train.checkpoints import last_complete
+from cache2cache.train.checkpoints import to_resume
 from cache2cache.train.run import train
 from cache2cache.train.trainer import FuserTrainer
 
@@ -40,7 +41,7 @@ RUNS = {
 
 def log(output: Path) -> list[dict]:
     """Everything that was logged, without what a clock said."""
-    checkpoint = last_complete(output)
+    checkpoint = to_resume(output)
     assert checkpoint is not None
     entries = json.loads(checkpoint.state_file.read_text())["log_history"]
     return [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in entries]
@@ -105,10 +106,34 @@ def test_a_finished_run_can_be_resumed_without_a_step(models, recipe, machine, t
     assert (tmp_path / "out" / "fuser" / "fuser.safetensors").read_bytes() == before
 
 
+def test_a_run_does_not_go_on_without_its_best_weights(models, recipe, machine, tmp_path):
+    """It would end with the last ones and call them the best."""
+    standing_still = recipe(optim={"epochs": 4, "learning_rate": 1e-20}, watch={"eval_steps": 4, "keep": 1})
+    train(standing_still, tmp_path / "out", machine)
+    newest = to_resume(tmp_path / "out")
+    assert newest is not None and newest.best_step < newest.step
+    best = tmp_path / "out" / f"checkpoint-{newest.best_step}"
+    weights = next(best.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    for said in ("is damaged", "is gone"):
+        with pytest.raises(TrainingError, match=f"{best.name} {said}.*begin anew"):
+            train(standing_still, tmp_path / "out", machine, resume=True)
+        shutil.rmtree(best, ignore_errors=True)
+
+
+def test_a_streams_other_rows_are_refused(models, recipe, machine, tmp_path, monkeypatch):
+    streamed = recipe(data={"stream": True}, optim={"max_steps": 8})
+    train(streamed, tmp_path / "out", machine)
+    path = machine.data_dir / "train.jsonl"
+    path.write_text(path.read_text().replace("number 3,", "number 33,"))
+    with pytest.raises(TrainingError, match="no longer those that the run began with"):
+        train(streamed, tmp_path / "out", machine, resume=True)
+
+
 def test_another_number_of_processes_is_refused(models, recipe, machine, tmp_path):
     whole = recipe(optim={"epochs": 2})
     train(whole, tmp_path / "out", machine)
-    checkpoint = last_complete(tmp_path / "out")
+    checkpoint = to_resume(tmp_path / "out")
     assert checkpoint is not None
     checkpoints.complete(checkpoint.folder, 2, checkpoint.rows)
     with pytest.raises(TrainingError, match="number of processes.*got 1; allowed: 2"):

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import islice
 
 import datasets
 import pytest
@@ -129,7 +130,7 @@ def test_hub_data_sets_are_asked_for_as_the_recipe_says(machine, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = Source(hub="org/set", subset="part", split="train", revision="abc")
     assert [example.place for example in one(source, machine)] == [f"org/set/part/train, row {i}" for i in (1, 2)]
-    list(stream([source], machine, seed=0, turns="last", buffer=4))
+    list(next(stream([source], machine, seed=0, turns="last", buffer=4)))
     asks = {"split": "train", "revision": "abc"}
     assert calls == [(("org/set", "part"), asks | {"streaming": streaming}) for streaming in (False, True)]
 
@@ -156,7 +157,7 @@ _ANSWER = {"role": "assistant", "content": "yes"}
         (QUESTION | {"choices": ["red"]}, "choices"),
         (QUESTION | {"error_type": "wrong_groundtruth"}, "marked as wrong; got error_type 'wrong_groundtruth'"),
         ({"choices": ["a", "b"], "answer": 0}, "question"),
-        ({"question": "Which?"}, "either answer or answers; got id, question"),
+        ({"question": "Which?"}, "either answer or answers; got question"),
         ({"question": "Which?", "answer": "a", "answers": ["a"]}, "either answer or answers"),
         ({"question": "Which?", "answers": []}, "answers: "),
         (
@@ -182,7 +183,7 @@ def test_a_row_of_another_form_is_named(tmp_path, machine, row, words):
     source = write(tmp_path, "a.jsonl", [QUESTION, row])
     for attempt in (
         lambda: one(source, machine),
-        lambda: list(stream([source], machine, seed=0, turns="last", buffer=2)),
+        lambda: list(next(stream([source], machine, seed=0, turns="last", buffer=2))),
     ):
         with pytest.raises(DataError) as error:
             attempt()
@@ -242,7 +243,7 @@ def test_rows_know_what_is_learned_of_them(tmp_path, machine):
     kept = write(tmp_path, "b.jsonl", numbered(3)).model_copy(update={"learn": "receiver"})
     expected = [False] * 4 + [True] * 3
     assert [row.alone for row in read([plain, kept], machine, seed=0, turns="last")] == expected
-    streamed = stream([plain, kept], machine, seed=0, turns="last", buffer=9)
+    streamed = next(stream([plain, kept], machine, seed=0, turns="last", buffer=9))
     assert sorted(row.alone for row in streamed) == expected
 
 
@@ -251,7 +252,7 @@ def test_a_source_without_rows_is_an_error(tmp_path, machine):
     with pytest.raises(DataError, match=r"a\.jsonl has too few rows"):
         one(source, machine)
     with pytest.raises(DataError, match=r"a\.jsonl has no rows"):
-        list(stream([source], machine, seed=0, turns="last", buffer=2))
+        list(next(stream([source], machine, seed=0, turns="last", buffer=2)))
 
 
 @pytest.fixture
@@ -262,7 +263,7 @@ def weighted(tmp_path):
 
 def test_weights_are_the_proportions_until_a_source_is_used_up(machine, weighted):
     listed = asked(read(weighted, machine, seed=0, turns="last"))
-    streamed = asked(stream(weighted, machine, seed=0, turns="last", buffer=8))
+    streamed = asked(next(stream(weighted, machine, seed=0, turns="last", buffer=8)))
     for rows in (listed, streamed):
         assert len(set(rows)) == len(rows), "a row came twice"
         counts = Counter(row[0] for row in rows)
@@ -282,7 +283,7 @@ def test_without_weights_every_row_comes_once(tmp_path, machine):
     sources = [write(tmp_path, "a.jsonl", numbered(30, "a")), write(tmp_path, "b.jsonl", numbered(5, "b"))]
     rows = asked(read(sources, machine, seed=0, turns="last"))
     assert rows == [f"a {i}?" for i in range(30)] + [f"b {i}?" for i in range(5)]
-    assert sorted(asked(stream(sources, machine, seed=0, turns="last", buffer=4))) == sorted(rows)
+    assert sorted(asked(next(stream(sources, machine, seed=0, turns="last", buffer=4)))) == sorted(rows)
 
 
 def test_each_pass_of_a_stream_has_its_own_order_which_the_seed_decides(tmp_path, machine):
@@ -290,25 +291,34 @@ def test_each_pass_of_a_stream_has_its_own_order_which_the_seed_decides(tmp_path
 
     def passes(seed, count):
         rows = stream([source], machine, seed=seed, turns="last", buffer=16)
-        return [asked(rows) for _ in range(count)]
+        return [asked(one_pass) for one_pass in islice(rows, count)]
 
     first, second, third = passes(0, 3)
     assert sorted(first) == sorted(second) == sorted(third)
     assert first != second != third != first
     assert passes(0, 3) == [first, second, third] and passes(1, 1) != [first]
-    resumed = stream([source], machine, seed=0, turns="last", buffer=16)
-    resumed.set_epoch(2)
-    assert asked(resumed) == third
+
+
+def test_a_weighted_stream_gets_to_the_end_of_its_largest_source(tmp_path, machine):
+    """A pass ends with the small source, which begins anew; the large one goes on where it was, and loses no row."""
+    small, large = (
+        write(tmp_path, f"{word}.jsonl", numbered(n, word)).model_copy(update={"weight": 1})
+        for word, n in (("small", 10), ("large", 100))
+    )
+    rows = stream([small, large], machine, seed=0, turns="last", buffer=4)
+    counts = Counter(row for one_pass in islice(rows, 20) for row in asked(one_pass))
+    assert all(counts[f"small {i}?"] == counts["small 0?"] > 10 for i in range(10))
+    assert {counts[f"large {i}?"] for i in range(100)} in ({1}, {1, 2}, {2}, {2, 3}), "one round after the other"
 
 
 def test_a_stream_reads_no_further_than_it_must(tmp_path, machine):
     """Row 12 is broken, and a consumer of five rows with a buffer of four never gets there."""
     source = write(tmp_path, "a.jsonl", [*numbered(11), {"text": "broken"}])
-    rows = iter(stream([source], machine, seed=0, turns="last", buffer=4))
+    rows = next(stream([source], machine, seed=0, turns="last", buffer=4))
     assert len([next(rows) for _ in range(5)]) == 5
 
 
 def test_a_streams_limit_takes_the_first_rows_that_are_kept(tmp_path, machine):
     source = write(tmp_path, "a.jsonl", numbered(9)).model_copy(update={"limit": 3})
-    rows = stream([source], machine, seed=0, turns="last", buffer=1, keep=lambda row: row.asked != "row 1?")
+    rows = next(stream([source], machine, seed=0, turns="last", buffer=1, keep=lambda row: row.asked != "row 1?"))
     assert sorted(asked(rows)) == ["row 0?", "row 2?", "row 3?"]

@@ -246,6 +246,18 @@ def test_a_recipe_without_rows_to_train_on_is_refused(models, recipe, machine, t
         train(recipe(data={"max_tokens": 2}), tmp_path / "out", machine)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_rows_of_which_nothing_is_fused_are_refused(models, recipe, machine, tmp_path, stream):
+    """A template's ending takes all of the last positions, and it is the messages that are fused one by one."""
+    short = recipe(
+        fuser={"alignment": "retokenise-first", "fuse_last": 1}, data={"stream": stream}, optim={"max_steps": 4}
+    )
+    with pytest.raises(
+        DataError, match=r"no position of any training row is fused.*fuse_last 1.*Raise fuser\.fuse_last"
+    ):
+        train(short, tmp_path / "out", machine)
+
+
 def test_rows_can_come_as_a_stream(models, recipe, machine, tmp_path, monkeypatch):
     monkeypatch.setattr(statistics, "STATISTICS_ROWS", 16)
     leaked = (machine.data_dir / "train.jsonl").read_text().splitlines()[3]

@@ -84,7 +84,9 @@ class OwnShortAnswer(ShortAnswerTask):
         """See `Task.item`."""
         own = checked(OwnShortAnswerRow, row, "short-answer")
         if (own.answer is None) == (own.answers is None):
-            raise DataError("a short-answer row needs either answer or answers", got=", ".join(row))
+            raise DataError(
+                "a short-answer row needs either answer or answers", got=", ".join(key for key in row if key != "id")
+            )
         answers = [str(own.answer)] if own.answers is None else own.answers
         full = {
             "id": str(own.id), "title": own.subject or self.name, "context": own.context, "question": own.question,
