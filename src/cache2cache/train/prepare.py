@@ -135,7 +135,7 @@ def prepare_rows(recipe: Recipe, pair: C2C, machine: Machine) -> Prepared:
         DataError: no row is left, or none is fused anywhere.
     """
     data = recipe.data
-    chosen = sources.read(data.validation, machine, seed=recipe.rows_seed, turns=data.turns)
+    chosen = sources.read(data.validation, machine, seed=recipe.rows_seed, turns=data.turns, apart=True)
     avoid = Contamination(read_held_out(data.held_out, machine), chosen)
     form: dict[str, Any] = {
         "max_tokens": data.max_tokens, "response_tokens": data.response_tokens, "fused": recipe.objective.fused,

@@ -28,7 +28,13 @@ ENDINGS = (".jsonl", ".jsonl.zst", ".parquet")
 
 
 def read(
-    sources: Sequence[Source], machine: Machine, *, seed: int, turns: Turns, keep: Keep | None = None
+    sources: Sequence[Source],
+    machine: Machine,
+    *,
+    seed: int,
+    turns: Turns,
+    keep: Keep | None = None,
+    apart: bool = False,
 ) -> list[Example]:
     """Rows of all sources: the samples one after the other or, with weights, mixed.
 
@@ -38,6 +44,8 @@ def read(
     Args:
         seed: of samples and mixture.
         keep: which rows may be chosen, such as `Contamination.keep`; a limit counts those.
+        apart: put samples that keep the order of their source in a random one, so that rows of one conversation or about one
+            passage do not follow one another. Validation pairs each row with the one after it.
 
     Raises:
         DataError: no such file, a row of another form, or fewer rows than a limit asks for.
@@ -51,7 +59,10 @@ def read(
         if len(rows) < (source.limit or 1):
             got = f"{len(rows)}, and {len(every) - len(rows)} that are kept out"
             raise DataError(f"{source.name} has too few rows", got=got, allowed=f"at least {source.limit or 1}")
-        samples.append(_sample(rows, source, random.Random(seed)))
+        draw = random.Random(seed)
+        sample = _sample(rows, source, draw)
+        in_order = sample is rows or source.neighbours > 1
+        samples.append(draw.sample(sample, len(sample)) if apart and in_order else sample)
     if weights is None:
         return [row for sample in samples for row in sample]
     return list(_mixed([iter(sample) for sample in samples], weights, random.Random(seed), [None] * len(samples)))

@@ -227,6 +227,19 @@ def test_a_sample_of_neighbours_is_made_of_runs(tmp_path, machine):
     assert all(first[i : i + 4] in runs for i in (0, 4, 8)) and len(set(first)) == 12
 
 
+@pytest.mark.parametrize("part", [{}, {"limit": 40, "neighbours": 8}])
+def test_rows_that_are_read_apart_do_not_follow_one_another(tmp_path, machine, part):
+    source = write(tmp_path, "a.jsonl", numbered(48)).model_copy(update=part)
+
+    def neighbours(rows):
+        numbers = [int(row.asked.split()[1].rstrip("?")) for row in rows]
+        return sum(abs(a - b) == 1 for a, b in zip(numbers, numbers[1:], strict=False))
+
+    together, apart = (read([source], machine, seed=0, turns="last", apart=apart) for apart in (False, True))
+    assert sorted(asked(together)) == sorted(asked(apart))
+    assert neighbours(together) > 30 > 10 > neighbours(apart)
+
+
 def test_a_tasks_neighbours_are_those_that_were_published(tmp_path, machine):
     (tmp_path / "squad").mkdir()
     rows = [
