@@ -33,6 +33,20 @@ CACHED: Mapping[str, Any] = MappingProxyType({**dict.fromkeys(_KNOWN), "use_cach
 """The same for a model's own defaults, which nobody asked for and which only decide how fast it writes."""
 
 
+PLAIN: Mapping[str, Any] = MappingProxyType({
+    "repetition_penalty": 1.0,
+    **dict.fromkeys((
+        "no_repeat_ngram_size", "min_length", "min_new_tokens", "max_time", "stop_strings", "exponential_decay_length_penalty",
+        "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens",
+    )),
+})  # fmt: skip
+"""A model's own defaults that would put another token in the place of the likeliest, or end an answer early, switched off. Some
+look at a whole batch, padding included, or at what they take for an answer's first token."""
+
+GREEDY: Mapping[str, Any] = MappingProxyType({**PLAIN, "do_sample": False, "num_beams": 1})
+"""The likeliest token, always."""
+
+
 class Full(StoppingCriteria):
     """Ends each row where its own context ends, which is later than that of the longest row of its batch.
 

@@ -104,6 +104,9 @@ def evaluate(
         return
     if tasks is None or out is None:
         raise typer.BadParameter("--tasks and --out are needed")
+    asked = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if not asked:
+        raise typer.BadParameter("no task is named: `c2c eval tasks` lists them", param_hint="--tasks")
     sharers, fusers = options.complete(receiver, sharer, fuser, no_sharer=False)
     options.quiet_transformers()
     for name in {device, sharer_device or device}:
@@ -118,7 +121,7 @@ def evaluate(
 
     settings = Settings(
         receiver=receiver, sharers=tuple(sharers), fusers=tuple(fusers), mode=mode, dtype=dtype,
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()), systems=systems, controls=controls,
+        tasks=asked, systems=systems, controls=controls,
         limit=limit, seed=seed, answer_tokens=answer_tokens, message_tokens=message_tokens, routed_share=routed_share,
         receiver_form=receiver_form, sharer_form=sharer_form, latency_rows=latency_rows,
     )  # fmt: skip

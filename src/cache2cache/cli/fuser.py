@@ -63,6 +63,10 @@ def convert(
     to = to or ("native" if published.find(folder) else "published")
     (export.save_published if to == "published" else save_fuser)(fuser, destination)
     typer.echo(f"{destination}: {fuser.parameter_count():,} parameters, {to} layout")
+    if to == "published" and (lost := export.left_out(fuser.config)):
+        typer.echo(
+            f"the published layout has no place for {', '.join(lost)}: they only matter for training on", err=True
+        )
 
 
 @app.command()

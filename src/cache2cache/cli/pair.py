@@ -232,7 +232,9 @@ def generate_kwargs(
     if temperature == 0 and top_p is not None:
         raise typer.BadParameter("--temperature 0 is greedy, so --top-p would do nothing: leave one of them out")
     sample = bool(temperature) or top_p is not None
-    kwargs: dict[str, Any] = {"do_sample": sample, "num_beams": num_beams}
+    from cache2cache.decoding import PLAIN
+
+    kwargs: dict[str, Any] = {**PLAIN, "do_sample": sample, "num_beams": num_beams}
     if max_new_tokens is not None:
         kwargs["max_new_tokens"] = max_new_tokens
     if sample:

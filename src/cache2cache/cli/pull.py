@@ -14,7 +14,7 @@ def pull(
     show: Annotated[bool, typer.Option("--list", help="Show the catalogue and what is there already.")] = False,
 ) -> None:
     """Fetch models, verify them and make them ready to load."""
-    from cache2cache.models.pull import look_up
+    from cache2cache.models.pull import look_up, split_revision
     from cache2cache.models.pull import pull as pull_model
 
     if show:
@@ -22,7 +22,7 @@ def pull(
     elif not names:
         raise typer.BadParameter("give at least one model, or --list", param_hint="NAME...")
     for name in names or []:
-        look_up(name)  # a misspelt name is told before anything is fetched
+        look_up(split_revision(name)[0])  # a misspelt name is told before anything is fetched
     for name in names or []:
         folder = pull_model(name)
         typer.echo(f"{name}: {folder}{_licence(name)}")

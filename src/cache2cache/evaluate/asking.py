@@ -7,12 +7,19 @@ one bad row costs one row. What fails alone is an error, which is data and no re
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from cache2cache.errors import EvaluationError
-from cache2cache.evaluate.items import Answer, System
+from cache2cache.evaluate.items import Answer, Item, System
 from cache2cache.evaluate.plan import Batch
 from cache2cache.models.disk import is_full
+
+T = TypeVar("T")
+
+Tell = Callable[[str], object]
+"""Takes one line for the person who waits."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,6 @@ class Asker:
         except EvaluationError:
             raise
         except Exception as error:
-            if is_full(error):  # the machine's fault, not a wrong answer
-                raise EvaluationError(
-                    "the disk is full", got=str(error), hint="Free some space and give the same command again"
-                ) from error
             reply, too_large = Reply(None, error=_described(error)), _out_of_memory(error)
         # Out of the handler: the exception holds the tensors of the frames that it passed through.
         if too_large:
@@ -78,7 +81,64 @@ class Asker:
         return [reply for start in starts for reply in self.ask(batch.part(start, start + size))]
 
 
+def in_parts(
+    items: Sequence[Item], size: int, ask: Callable[[Sequence[Item]], Sequence[T]]
+) -> tuple[list[T | None], dict[str, str]]:
+    """Ask something of many rows, `size` at a time, in smaller parts where they do not fit into memory.
+
+    Returns:
+        One result per row, None where it failed alone; and "task, row id" → why.
+
+    Raises:
+        EvaluationError: the disk is full, or every row failed.
+    """
+    found: list[T | None] = []
+    failed: dict[str, str] = {}
+    waiting = [items[start : start + size] for start in range(0, len(items), size)][::-1]
+    while waiting:
+        part = waiting.pop()
+        if len(part) > size:
+            waiting += [part[size:], part[:size]]
+            continue
+        try:
+            found += ask(part)
+            continue
+        except Exception as error:
+            reason, too_large = _described(error), _out_of_memory(error)
+        if too_large:
+            _free_memory()
+        if len(part) == 1:
+            found.append(None)
+            failed[f"{part[0].task}, row {part[0].id}"] = reason
+        elif too_large:
+            size = math.ceil(len(part) / 2)
+            waiting.append(part)
+        else:
+            waiting += [[item] for item in reversed(part)]
+    if items and len(failed) == len(items):
+        row, reason = next(iter(failed.items()))
+        raise EvaluationError(f"none of {len(items)} rows could be asked", got=f"{row}: {reason}")
+    return found, failed
+
+
+def tell_left_out(tell: Tell, failed: Mapping[str, str], what: str) -> None:
+    """Say which rows could not be asked and are left out of something."""
+    if failed:
+        row, reason = next(iter(failed.items()))
+        others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        tell(f"left out of {what}: {row}{others}: {reason}")
+
+
 def _described(error: Exception) -> str:
+    """Type and text of what went wrong with a row.
+
+    Raises:
+        EvaluationError: it is the machine's fault, not the row's: the disk is full.
+    """
+    if is_full(error):
+        raise EvaluationError(
+            "the disk is full", got=str(error), hint="Free some space and give the same command again"
+        ) from error
     return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import platform
 import sys
-import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 
 from cache2cache import __version__
-from cache2cache.errors import DataError
+from cache2cache.errors import DataError, EvaluationError
 from cache2cache.evaluate import folder, names, report, tasks
+from cache2cache.evaluate.asking import Tell
 from cache2cache.evaluate.build import Ingredients, Systems, build, numbered
+from cache2cache.evaluate.calls import Call, read_calls, recorded, whole
+from cache2cache.evaluate.forms import kind_of
 from cache2cache.evaluate.heard import sharer_statistics
 from cache2cache.evaluate.identity import identity_of
 from cache2cache.evaluate.items import Item
 from cache2cache.evaluate.latency import measure_latency
 from cache2cache.evaluate.names import Asked
-from cache2cache.evaluate.partners import partners
+from cache2cache.evaluate.partners import check_matchable, partners
 from cache2cache.evaluate.plan import Plan, make_plan
 from cache2cache.evaluate.prefills import Prefills
-from cache2cache.evaluate.prepare import Decisions, decide
+from cache2cache.evaluate.prepare import Decisions, check_forms, decide
 from cache2cache.evaluate.rowfile import read_records
 from cache2cache.evaluate.runner import run
 from cache2cache.evaluate.schema import LatencyRecord, Report, RowRecord
@@ -33,6 +36,7 @@ from cache2cache.evaluate.settings import Machine, Settings
 from cache2cache.evaluate.summary import TaskInfo, summarise
 from cache2cache.evaluate.tasks.base import Loaded, Split, Task
 from cache2cache.evaluate.tasks.load import load
+from cache2cache.evaluate.training import no_training_rows
 from cache2cache.loading import ADDRESSES
 from cache2cache.pipeline import C2C
 
@@ -48,14 +52,22 @@ def evaluate(
 
     Raises:
         DataError: settings, data or folder are not usable.
-        EvaluationError: a system failed on too many rows.
+        EvaluationError: a system failed on too many rows; or, when the report is written, on all requests whose latency was to
+            be measured.
     """
-    start, machine, console = time.time(), machine or Machine(), console or Console(stderr=True)
+    machine, console = machine or Machine(), console or Console(stderr=True)
     asked = names.parse(settings.systems, settings.controls)
     _check_sharers(settings)
     chosen = _tasks(settings)
     loaded = {name: _load(task, "test", limit, settings, machine) for name, (task, limit) in chosen.items()}
     items = {name: _asked_for(rows.items, settings.answer_tokens) for name, rows in loaded.items()}
+    given = {"receiver": settings.receiver_form, "sharer": settings.sharer_form}
+    check_forms(given, items)
+    _check_rows(asked, chosen, items)
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
     pair = _pair(settings, machine)
     identity = identity_of(settings, pair, asked, loaded)
     prefills = Prefills(machine.prefills)
@@ -63,30 +75,52 @@ def evaluate(
     with folder.held(out, identity):
         decisions = decide(
             pair, items, lambda name, rows: _training(chosen[name][0], rows, settings, machine), prefills, out,
-            given={"receiver": settings.receiver_form, "sharer": settings.sharer_form},
-            routed_share=settings.routed_share if _asks(asked, "routing") else None,
+            given=given, routed_share=settings.routed_share if _asks(asked, "routing") else None,
+            batch_size=machine.batch_size, tell=tell,
         )  # fmt: skip
-    systems, plan = _systems(pair, items, asked, decisions, prefills, settings, machine.batch_size)
+    systems, plan = _systems(pair, items, asked, decisions, prefills, settings, machine.batch_size, tell)
     common: dict[str, Any] = {"settings": identity, "on_batch": lambda _: systems.clear(), "console": console}
-    run(
-        plan,
-        systems.by_name.values(),
-        [task for task, _ in chosen.values()],
-        out,
-        max_errors=machine.max_errors,
-        **common,
-    )
-    if settings.latency_rows:
-        prefills.folder = None  # from here on every prefill is computed when it is needed
-        measure_latency(plan, list(systems.by_name.values()), out, requests=settings.latency_rows, **common)
-    rows = read_records(out / folder.ROWS, RowRecord)
+    untimed = []
+    with recorded(out, command, {one.name: str(one) for one in asked}):
+        run(
+            plan,
+            systems.by_name.values(),
+            [task for task, _ in chosen.values()],
+            out,
+            max_errors=machine.max_errors,
+            **common,
+        )
+        if settings.latency_rows:
+            prefills.folder = None  # from here on every prefill is computed when it is needed
+            untimed = measure_latency(
+                plan, list(systems.by_name.values()), out, requests=settings.latency_rows, **common
+            )
+    calls = read_calls(out)
+    rows = _whole(read_records(out / folder.ROWS, RowRecord), calls, tell)
     found = summarise(
-        rows, read_records(out / folder.LATENCY, LatencyRecord),
+        rows, _whole(read_records(out / folder.LATENCY, LatencyRecord), calls),
         {name: _info(task, loaded[name]) for name, (task, _) in chosen.items()},
-        _about(settings, pair, rows, decisions, command, start),
+        _about(settings, pair, rows, decisions, calls),
     )  # fmt: skip
     report.write(found, rows, out, {(x.task, x.id): x.messages[-1]["content"] for part in items.values() for x in part})
+    if untimed:
+        raise EvaluationError(
+            "no request was answered, so there is no latency", got=", ".join(untimed),
+            hint=f"The errors are told above; everything else is in {out / 'report.json'}",
+        )  # fmt: skip
     return found
+
+
+_Record = TypeVar("_Record", RowRecord, LatencyRecord)
+
+
+def _whole(records: Sequence[_Record], calls: Sequence[Call], tell: Tell = lambda line: None) -> list[_Record]:
+    """Those of systems of which none is missing. A part of a system's rows is no sample: the longest are asked first."""
+    asked_to_the_end = whole(calls)
+    left_out = Counter(one.system for one in records if names.base(one.system) not in asked_to_the_end)
+    for name, count in left_out.items():
+        tell(f"{name} is left out of the report: it was interrupted after {count} answers. Ask it again to go on.")
+    return [one for one in records if one.system not in left_out]
 
 
 def _tasks(settings: Settings) -> dict[str, tuple[Task, int | None]]:
@@ -104,6 +138,19 @@ def _tasks(settings: Settings) -> dict[str, tuple[Task, int | None]]:
             raise DataError("a task was asked for twice", got=task.name, hint="Rename one of the files")
         chosen[task.name] = task, int(limit) if limited else settings.limit
     return chosen
+
+
+def _check_rows(
+    asked: Sequence[Asked], chosen: Mapping[str, tuple[Task, int | None]], items: Mapping[str, Sequence[Item]]
+) -> None:
+    """Refuse what the rows cannot give, before any model is loaded."""
+    if _asks(asked, "mismatched"):
+        for rows in items.values():
+            check_matchable(rows)
+    if _asks(asked, "routing"):
+        learned = {kind_of(items[name][0]) for name, (task, _) in chosen.items() if "train" in task.sources}
+        if {kind_of(rows[0]) for rows in items.values()} - learned:
+            raise no_training_rows()
 
 
 def _check_sharers(settings: Settings) -> None:
@@ -145,6 +192,7 @@ def _systems(
     prefills: Prefills,
     settings: Settings,
     batch_size: int,
+    tell: Tell,
 ) -> tuple[Systems, Plan]:
     """The systems, and which rows they are asked."""
     tokenizer = pair.sharers[0].tokenizer
@@ -162,7 +210,10 @@ def _systems(
             pair, prefills, decisions.of("receiver"),
             [decisions.of(numbered("sharer", i)) for i in range(len(pair.sharers))],
             settings.seed, settings.message_tokens, decisions.routers, partner,
-            lambda of: {name: sharer_statistics(of, rows, prefills) for name, rows in items.items()},
+            lambda of: {
+                name: sharer_statistics(of, rows, prefills, batch_size=batch_size, tell=tell)
+                for name, rows in items.items()
+            },
         ),
         asked,
     )  # fmt: skip
@@ -180,18 +231,21 @@ def _info(task: Task, loaded: Loaded) -> TaskInfo:
 
 
 def _about(
-    settings: Settings, pair: C2C, rows: Sequence[RowRecord], decisions: Decisions, command: str, start: float
+    settings: Settings, pair: C2C, rows: Sequence[RowRecord], decisions: Decisions, calls: Sequence[Call]
 ) -> dict[str, Any]:
     """What was run, on what."""
     import transformers
 
+    said = whole(calls)
     return {
         **settings.model_dump(mode="json"),
+        "systems": [text for name, text in said.items() if name in names.SYSTEMS],
+        "controls": [text for name, text in said.items() if name in names.CONTROLS],
         **decisions.summary(),
         "definitions": {name: names.definition(name) for name in sorted({row.system for row in rows})},
         "dtypes": {lm.card.id: str(lm.dtype).removeprefix("torch.") for lm in (pair.receiver, *pair.sharers)},
         "fuser_parameters": [fuser.parameter_count() for fuser in pair.fusers],
-        "command": command,
+        "commands": list(dict.fromkeys(call.command for call in calls if call.command)),
         "versions": {
             "cache2cache": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": platform.python_version(),
@@ -199,8 +253,8 @@ def _about(
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
                     "device": str(pair.receiver.device)},
         "peak_memory_bytes": _peak_memory(),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(start)),
-        "seconds": round(time.time() - start, 1),
+        "started": calls[0].started,
+        "seconds": round(sum(call.seconds for call in calls), 1),
     }  # fmt: skip
 
 

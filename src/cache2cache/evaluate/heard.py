@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cache2cache.errors import DataError
+from cache2cache.evaluate.asking import Tell, in_parts, tell_left_out
 from cache2cache.evaluate.items import Item
 from cache2cache.evaluate.prefills import Heard, Prefills
 from cache2cache.fuser.statistics import FeatureStatistics
@@ -24,8 +25,6 @@ Listen = Callable[[Sequence[Item], Sequence[Row]], tuple[Sequence[Row], Heard]]
 
 STATISTICS_ROWS = 64
 """Rows of a task that the sharer's mean and covariance are taken from."""
-
-_STATISTICS_BATCH = 16
 
 
 class Own:
@@ -108,27 +107,41 @@ def _heard_positions(part: SharerRow) -> torch.Tensor:
     return torch.as_tensor(np.unique(part.alignment[part.due > 0]))
 
 
-def sharer_statistics(pair: C2C, items: Sequence[Item], prefills: Prefills) -> list[FeatureStatistics]:
+def sharer_statistics(
+    pair: C2C, items: Sequence[Item], prefills: Prefills, *, batch_size: int, tell: Tell
+) -> list[FeatureStatistics]:
     """Mean and covariance of each sharer's features at the positions that would be fused, over the first rows.
+
+    Args:
+        batch_size: most rows that are read together.
+        tell: told which rows could not be read and are left out.
 
     Raises:
         DataError: no rows.
+        EvaluationError: none of them can be read.
     """
     if not items:
         raise DataError("the mean of the sharer's features needs rows", got=0)
-    rows = pair.rows([item.messages for item in items[:STATISTICS_ROWS]])
     own = Own(pair, prefills)
-    found = []
-    for sharer, lm in enumerate(pair.sharers):
-        caches, positions = [], []
-        for at in range(0, len(rows), _STATISTICS_BATCH):
-            batch = rows[at : at + _STATISTICS_BATCH]
-            for row, cache in zip(batch, own.heard(sharer, batch, Timings()), strict=True):
-                part = row.sharers[sharer]
-                assert part is not None, "every sharer speaks by default"
-                positions.append(_heard_positions(part))
-                caches.append(cache[:, :, :, positions[-1]])
-            prefills.clear()
+
+    def heard(items: Sequence[Item]) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Of each row, by sharer: the positions that are heard, and what is cached there."""
+        prefills.clear()
+        rows = pair.rows([item.messages for item in items])
+        by_sharer = []
+        for sharer in range(len(pair.sharers)):
+            parts = [row.sharers[sharer] for row in rows]
+            positions = [_heard_positions(part) for part in parts if part is not None]  # every sharer speaks by default
+            caches = own.heard(sharer, rows, Timings())
+            by_sharer.append([(at, cache[:, :, :, at]) for at, cache in zip(positions, caches, strict=True)])
+        return [list(of_row) for of_row in zip(*by_sharer, strict=True)]
+
+    found, failed = in_parts(items[:STATISTICS_ROWS], batch_size, heard)
+    prefills.clear()
+    tell_left_out(tell, failed, "the mean of the sharer's features")
+    statistics = []
+    for lm, of_sharer in zip(pair.sharers, zip(*(x for x in found if x is not None), strict=True), strict=True):
+        positions, caches = zip(*of_sharer, strict=True)
         geometry = geometry_at_rest(lm) if isinstance(lm, LanguageModel) else lm.card.geometry
-        found.append(FeatureStatistics.of(geometry, caches, positions))
-    return found
+        statistics.append(FeatureStatistics.of(geometry, caches, positions))
+    return statistics

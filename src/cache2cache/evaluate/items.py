@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -35,6 +37,12 @@ class Item:
     @property
     def messages(self) -> Conversation:
         return self.wordings["plain"]
+
+    @property
+    def asked(self) -> str:
+        """What is asked and what is right, in 16 hex digits, however long an answer may be."""
+        said = [{name: list(part) for name, part in self.wordings.items()}, self.letters, self.target, self.accepted]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cache2cache.errors import DataError, EvaluationError
+from cache2cache.errors import DataError
 from cache2cache.evaluate import folder
 from cache2cache.evaluate.asking import Asker
 from cache2cache.evaluate.items import System
@@ -30,7 +30,7 @@ def measure_latency(
     settings: Mapping[str, Any],
     on_batch: OnBatch = lambda items: None,
     console: Console | None = None,
-) -> None:
+) -> list[str]:
     """Time the requests that out/latency.jsonl does not hold.
 
     Each system answers one request before, which does not count: the first one pays for much that later ones do not.
@@ -42,8 +42,11 @@ def measure_latency(
         on_batch: called with the row before each request, to drop everything that could be reused.
         console: for progress; stderr by default.
 
+    Returns:
+        "system on task" for each that answered none of the requests, so that it has no latency.
+
     Raises:
-        EvaluationError: a system answered none of a task's requests, or does not give one answer to one row.
+        EvaluationError: a system does not give one answer to one row, or the disk is full.
         DataError: see `folder.held` and `read_records`; `requests` is not positive.
     """
     if requests < 1:
@@ -57,12 +60,7 @@ def measure_latency(
             for system in systems:
                 _measure(system, missing[system.name], file, on_batch, progress)
         timed = {(record.task, record.system) for record in read_records(file.path, LatencyRecord)}
-        if untimed := [key for key in left if key not in timed]:
-            raise EvaluationError(
-                "no request was answered, so there is no latency",
-                got=", ".join(f"{system} on {task}" for task, system in untimed),
-                hint="The errors are reported above",
-            )
+        return [f"{system} on {task}" for task, system in left if (task, system) not in timed]
 
 
 def _measure(

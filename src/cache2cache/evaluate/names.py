@@ -39,8 +39,12 @@ def definition(name: str) -> str:
     Raises:
         KeyError: no system is called so.
     """
-    known = {**SYSTEMS, **CONTROLS}
-    return known[name if name in known else name.rpartition("-")[0]]
+    return {**SYSTEMS, **CONTROLS}[base(name)]
+
+
+def base(name: str) -> str:
+    """What was asked for where a system is called so: `c2c` of `c2c-2`."""
+    return name if name in SYSTEMS or name in CONTROLS else name.rpartition("-")[0]
 
 
 TRAINED = ("self", "without-sharer")
@@ -56,6 +60,10 @@ class Asked:
     """Only the first rows of each task's sample."""
     fuser: str | None = None
     """The fuser of a control that needs one."""
+
+    def __str__(self) -> str:
+        limit = "" if self.limit is None else f":{self.limit}"
+        return f"{self.name}{limit}" + (f"={self.fuser}" if self.fuser else "")
 
 
 def parse(systems: str, controls: str = "") -> list[Asked]:

@@ -38,13 +38,7 @@ def match(items: Sequence[Item], length: Length) -> list[tuple[Item, ...]]:
     Raises:
         DataError: no such grouping exists.
     """
-    if problem := unmatchable(items):
-        raise DataError(
-            f"no row of {items[0].task if items else 'the task'} may be given the cache of its own question",
-            got=problem,
-            allowed="at least two rows, at most half of them with the same question",
-            hint="Leave out the mismatched control, or take more rows",
-        )
+    check_matchable(items)
     # The sort is stable: equal lengths stay in the task's order.
     waiting = [(question(item), item) for item in sorted(items, key=length, reverse=True)]
     left = Counter(text for text, _ in waiting)
@@ -57,6 +51,21 @@ def match(items: Sequence[Item], length: Length) -> list[tuple[Item, ...]]:
         for i in reversed(group):
             del waiting[i]
     return groups
+
+
+def check_matchable(items: Sequence[Item]) -> None:
+    """Refuse rows that have no partners.
+
+    Raises:
+        DataError: there is no grouping in which every row meets another question.
+    """
+    if problem := unmatchable(items):
+        raise DataError(
+            f"no row of {items[0].task if items else 'the task'} may be given the cache of its own question",
+            got=problem,
+            allowed="at least two rows, at most half of them with the same question",
+            hint="Leave out the mismatched control, or take more rows",
+        )
 
 
 def unmatchable(items: Sequence[Item]) -> str | None:

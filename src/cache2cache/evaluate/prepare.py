@@ -11,6 +11,7 @@ from typing import Any
 
 from cache2cache.errors import DataError
 from cache2cache.evaluate import folder
+from cache2cache.evaluate.asking import Tell
 from cache2cache.evaluate.build import numbered
 from cache2cache.evaluate.forms import candidates, kind_of, named
 from cache2cache.evaluate.items import Item
@@ -54,21 +55,23 @@ def decide(
     *,
     given: Mapping[str, str | None],
     routed_share: float | None,
+    batch_size: int,
+    tell: Tell,
 ) -> Decisions:
     """Decide, or read what was decided before the run was interrupted.
 
     Args:
         tasks: name → rows that will be asked.
         training: (task, rows) → so many training rows of it, or none.
-        given: "receiver" and "sharer" → name of the form to take, None to choose one.
+        given: "receiver" and "sharer" → name of the form to take (`check_forms`), None to choose one.
         routed_share: None if nothing is routed.
+        batch_size: most training rows that are asked together.
+        tell: told which training rows could not be asked.
 
     Raises:
-        DataError: a form that is unknown or that a task cannot be asked in, or a router without anything to learn.
+        DataError: a router without anything to learn.
+        EvaluationError: training rows of which none can be asked.
     """
-    for role, form in given.items():
-        if form is not None:
-            _check(form, role, tasks)
     models = {"receiver": pair.receiver} | {numbered("sharer", i): lm for i, lm in enumerate(pair.sharers)}
     kinds = sorted({kind_of(items[0]) for items in tasks.values()})
     decisions = _kept(out) or Decisions({}, {})
@@ -76,29 +79,40 @@ def decide(
     routing = routed_share is not None and not decisions.routers
     each = math.ceil(ROUTER_ROWS / len(tasks))
     sampled = [training(name, each) for name in tasks] if routing or (choosing and not all(given.values())) else []
+    how: dict[str, Any] = {"batch_size": batch_size, "tell": tell}
     for kind in kinds:
         rows = pooled(sampled, kind)
         for name, lm in models.items() if choosing else ():
             role = name.partition("-")[0]
             decisions.forms.setdefault(name, {})[kind] = choose_form(
-                lm, rows, prefills, pair.receiver, given=given[role], sharer=role == "sharer"
+                lm, rows, prefills, pair.receiver, given=given[role], sharer=role == "sharer", **how
             )
         if routing:
             assert routed_share is not None
-            decisions.routers[kind] = _routed(pair, decisions, kind, rows, prefills, routed_share)
+            decisions.routers[kind] = _routed(pair, decisions, kind, rows, prefills, routed_share, **how)
     if choosing or routing:
         _keep(out, decisions)
     return decisions
 
 
-def _check(form: str, role: str, tasks: Mapping[str, Sequence[Item]]) -> None:
-    for task, items in tasks.items():
-        possible = candidates(items)
-        if named(form) not in possible:
-            raise DataError(
-                f"{task} cannot be asked in the {role}'s form", got=form,
-                allowed=", ".join(one.name for one in possible), hint=f"Evaluate it without --{role}-form, or by itself",
-            )  # fmt: skip
+def check_forms(given: Mapping[str, str | None], tasks: Mapping[str, Sequence[Item]]) -> None:
+    """Refuse forms that are unknown or that a task cannot be asked in.
+
+    Args:
+        given: "receiver" and "sharer" → name of a form, or None.
+        tasks: name → rows.
+
+    Raises:
+        DataError: one of them is.
+    """
+    for role, form in given.items():
+        for task, items in tasks.items() if form is not None else ():
+            possible = candidates(items)
+            if named(str(form)) not in possible:
+                raise DataError(
+                    f"{task} cannot be asked in the {role}'s form", got=form,
+                    allowed=", ".join(one.name for one in possible), hint=f"Evaluate it without --{role}-form, or by itself",
+                )  # fmt: skip
 
 
 def _kept(out: Path) -> Decisions | None:
@@ -121,7 +135,7 @@ def _keep(out: Path, decisions: Decisions) -> None:
 
 
 def _routed(
-    pair: C2C, decisions: Decisions, kind: str, rows: Sequence[Item], prefills: Prefills, share: float
+    pair: C2C, decisions: Decisions, kind: str, rows: Sequence[Item], prefills: Prefills, share: float, **how: Any
 ) -> Router:
     def alone(name: str, lm: LanguageModel) -> Alone:
         return Alone(
@@ -130,7 +144,7 @@ def _routed(
 
     embed = Embedder(C2C(pair.receiver), prefills)
     return train_router(
-        embed, alone("receiver", pair.receiver), alone("sharer", pair.sharers[0]), rows, prefills, share
+        embed, alone("receiver", pair.receiver), alone("sharer", pair.sharers[0]), rows, prefills, share, **how
     )
 
 

@@ -97,6 +97,7 @@ def to_record(scorer: Scorer, item: Item, system: str, reply: Reply) -> RowRecor
         "subject": item.subject,
         "system": system,
         "target": item.target,
+        "asked": item.asked,
     }
     answer = reply.answer
     if answer is None:

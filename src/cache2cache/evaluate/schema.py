@@ -22,6 +22,8 @@ class RowRecord(_Part):
     subject: str
     system: str
     target: str
+    asked: str = ""
+    """`Item.asked`, by which the rows of two runs are known to be the same."""
     answer: str = ""
     extracted: str | None = None
     """What the task read out of the answer; None if it could not be read (a format failure)."""
@@ -153,7 +155,7 @@ class Report(_Part):
 
     format_version: int = 1
     run: dict[str, Any]
-    """What was run: receiver, sharers, fusers, systems, seed, limit, forms, router, command, versions, machine,
-    peak_memory_bytes, started, seconds."""
+    """What was run: receiver, sharers, fusers, systems, controls, seed, limit, forms, router, commands, versions, machine,
+    peak_memory_bytes of the last call, started, seconds of all calls that were not killed."""
     tasks: dict[str, TaskSummary]
     latency: dict[str, LatencySummary]

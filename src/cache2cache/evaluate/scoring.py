@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from cache2cache.decoding import end_tokens
+from cache2cache.decoding import GREEDY, end_tokens
 from cache2cache.errors import ModelError
 from cache2cache.evaluate.items import Answer, Cost, Item
 from cache2cache.models import kv
@@ -46,7 +46,7 @@ def answers(pair: C2C, prefill: Prefill, items: Sequence[Item], unit: PreTrained
 def _with_text(pair: C2C, prefill: Prefill, items: Sequence[Item], found: Sequence[Answer]) -> list[Answer]:
     """Greedy answers, and the log-probabilities of the letters at their first position."""
     limit = items[0].max_new_tokens
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": limit}
+    options: dict[str, Any] = {**GREEDY, "max_new_tokens": limit}
     ends = [Ends(item.one_line, item.letters) for item in items]
     criterion = Complete(pair.receiver.tokenizer, prefill.ids.shape[1], ends)
     options["stopping_criteria"] = StoppingCriteriaList([criterion])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from cache2cache.decoding import GREEDY
 from cache2cache.evaluate.scoring import ends_turn
 from cache2cache.inputs import Inputs
 from cache2cache.models import kv
@@ -35,7 +36,7 @@ def write(lm: C2C, conversations: Sequence[Conversation], limit: int) -> tuple[l
     rows = list(range(len(conversations)))
     while True:
         step = min(_STRIDE, limit - len(texts[rows[0]]))
-        answers = lm.decode(prefill, do_sample=False, num_beams=1, max_new_tokens=step)
+        answers = lm.decode(prefill, **GREEDY, max_new_tokens=step)
         raw = answers[0].raw
         for row, answer in zip(rows, answers, strict=True):
             texts[row] += answer.ids  # up to the end token, so without padding

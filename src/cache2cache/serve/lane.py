@@ -8,20 +8,15 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from cache2cache.decoding import CACHED, end_tokens
+from cache2cache.decoding import CACHED, GREEDY, end_tokens
 from cache2cache.models import kv
 from cache2cache.models.load import pad_id
 from cache2cache.pipeline import C2C, Prefill
 from cache2cache.serve.job import Answer
 from cache2cache.serve.sampling import Sampler
 
-_PLAIN = {
-    "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": None, "min_length": None,
-    "min_new_tokens": None, "max_time": None, "stop_strings": None, "exponential_decay_length_penalty": None,
-    "forced_bos_token_id": None, "forced_eos_token_id": None, "begin_suppress_tokens": None,
-    "return_dict_in_generate": False, **CACHED,
-}  # fmt: skip
-"""Defaults of a model that look at a whole batch or at a call's first token. Draws follow the request and nothing else."""
+_OPTIONS = {**GREEDY, **CACHED, "return_dict_in_generate": False}
+"""Draws follow the request and nothing else: `Sampler` leaves one token to choose."""
 
 
 class Lane:
@@ -85,7 +80,7 @@ class Lane:
             pad_token_id=pad_id(self.pair.receiver),
             logits_processor=LogitsProcessorList([sampler]),
             stopping_criteria=StoppingCriteriaList([_Hand(self.answers, sampler, enough)]),
-            **_PLAIN,
+            **_OPTIONS,
         )
         self._ids = ids.cpu()
         self._mask = pad(self._mask, (0, self._ids.shape[1] - self._mask.shape[1]), value=1)

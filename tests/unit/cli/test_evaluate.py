@@ -26,6 +26,11 @@ def test_what_is_needed_is_asked_for(arguments):
     assert invoke(*arguments).exit_code == 2
 
 
+def test_a_list_without_tasks_is_refused():
+    result = invoke("--tasks", " , ", "--out", "x")
+    assert (result.exit_code, "no task is named" in result.output) == (2, True)
+
+
 def test_seeds_are_what_numpy_takes():
     for seed in ("-1", str(2**32)):
         result = invoke("--tasks", "arc-easy", "--out", "x", "--seed", seed)

@@ -79,6 +79,16 @@ def test_convert_there_and_back(receiver, sharer, tmp_path):
     assert Fuser.from_pretrained(tmp_path / "back").config.layer_map == fuser.config.layer_map
 
 
+def test_convert_says_what_the_published_layout_has_no_place_for(receiver, sharer, tmp_path):
+    gate = {"learned": False, "initial_logit": 2.0, "kinds": ["values"]}
+    random_fuser(receiver, sharer, "paper", alignment="same-ids", gate=gate).save_pretrained(tmp_path / "ours")
+    result = run("convert", tmp_path / "ours", tmp_path / "theirs")
+    assert result.exit_code == 0, result.output
+    told = 'no place for gate.learned = false, gate.initial_logit = 2.0, gate.kinds = ["values"]: they only matter for training'
+    assert told in result.stderr
+    assert "no place" not in run("convert", tmp_path / "theirs", tmp_path / "back").stderr
+
+
 def test_convert_overwrites_nothing(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     for destination in (tmp_path, f"~/{tmp_path.name}"):

@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from cache2cache import C2C
 from cache2cache.cli import app, pair
+from cache2cache.decoding import GREEDY
 
 SHORT = ["--max-new-tokens", "6"]
 
@@ -18,7 +19,7 @@ def test_defaults_are_the_demo_pair_and_greedy(asked: dict[str, Any], receiver, 
     result = run("What is a cache?")
     assert result.exit_code == 0, result.output
     assert (asked["receiver"], asked["sharers"], asked["fusers"]) == ("smollm2-135m", ["qwen2.5-coder-1.5b"], ["demo"])
-    assert asked["kwargs"] == {"do_sample": False, "num_beams": 1, "max_new_tokens": 6}
+    assert asked["kwargs"] == {**GREEDY, "max_new_tokens": 6}
     expected = C2C(receiver, [sharer], [fuser]).generate(
         [{"role": "user", "content": "What is a cache?"}], max_new_tokens=6, do_sample=False
     )
@@ -69,7 +70,7 @@ def test_sampling_is_seeded(asked: dict[str, Any]):
     first, again, other = (run(*args, seed).stdout for seed in ("1", "1", "2"))
     assert first == again != other
     assert asked["kwargs"] == {
-        "do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 0, "num_beams": 1, "max_new_tokens": 6,
+        **GREEDY, "do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 0, "max_new_tokens": 6,
     }  # fmt: skip
 
 

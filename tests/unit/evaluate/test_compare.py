@@ -78,6 +78,19 @@ def test_a_row_with_another_right_answer_is_another_row(tmp_path):
     assert (one.difference.n, one.only_a) == (8, 0)
 
 
+def test_a_row_that_asks_something_else_is_another_row_and_told(tmp_path):
+    def change(row):
+        row.asked = "other" if row.id in ("0", "1", "2") else ""
+
+    found = compare(make_run(tmp_path / "a", {"c2c": A}), make_run(tmp_path / "b", {"c2c": B}, change=change))
+    assert only(found).difference is not None and only(found).difference.n == 7
+    note = "arc_easy: 3 rows of the same id ask something else in b, and are in no difference"
+    console = Console(file=io.StringIO(), width=120)
+    print_comparison(found, console)
+    assert note in console.file.getvalue()  # type: ignore[attr-defined]
+    assert note.replace("_", r"\_") in comparison_markdown(found)
+
+
 def fail_first(row):
     if row.id == "0":
         row.metrics, row.error = {}, "ValueError: no"

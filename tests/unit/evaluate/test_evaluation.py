@@ -1,5 +1,6 @@
 """A whole evaluation on tiny models: every system and control, resumed, extended, refused."""
 
+import io
 import itertools
 import json
 import random
@@ -7,13 +8,16 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from cache2cache.errors import DataError
+from cache2cache.errors import DataError, EvaluationError
 from cache2cache.evaluate import evaluation
+from cache2cache.evaluate.calls import read_calls
 from cache2cache.evaluate.evaluation import evaluate
 from cache2cache.evaluate.forms import FORMS
 from cache2cache.evaluate.settings import Machine, Settings
+from cache2cache.evaluate.systems import Alone, Fused
 from cache2cache.testing import random_fuser, tiny_pair, tiny_tokenizer
 from cache2cache.text.chat import render
 
@@ -78,7 +82,7 @@ def settings(pair, data, **changes) -> Settings:
 def numbers(out) -> dict:
     """A report without what differs from one run to the next: seconds, memory, and when."""
     report = json.loads((out / "report.json").read_text())
-    for name in ("seconds", "started", "peak_memory_bytes", "command"):
+    for name in ("seconds", "started", "peak_memory_bytes", "commands"):
         report["run"].pop(name, None)
     report.pop("latency")
     return report
@@ -140,6 +144,83 @@ def test_systems_that_are_added_later_answer_as_if_they_had_been_there(pair, dat
         assert row["letter_logprobs"] == (
             logprobs and pytest.approx(logprobs, abs=1e-4 if key[1] == "t2t" else 0, rel=0)
         )
+
+
+def test_a_system_that_was_interrupted_is_left_out_of_the_report_until_it_has_all_its_rows(
+    pair, data, tmp_path, monkeypatch
+):
+    """Its rows so far are the longest ones, which is no sample."""
+    machine, out, console = (
+        Machine(batch_size=3, data_dir=data),
+        tmp_path / "run",
+        Console(file=io.StringIO(), width=200),
+    )
+
+    def asked(systems, command):
+        chosen = settings(pair, data, systems=systems, controls="", sharer_form="chat")
+        return evaluate(chosen, out, machine, command=command, console=console)
+
+    answer, batches = Fused.answer, iter(range(9))
+
+    def interrupted(self, items):
+        if next(batches) == 1:
+            raise KeyboardInterrupt
+        return answer(self, items)
+
+    monkeypatch.setattr(Fused, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        asked("c2c", "first")
+    assert 0 < (count := len(rows(out))) < 7
+    monkeypatch.setattr(Fused, "answer", answer)
+    report = asked("receiver,t2t:2", "second")
+    assert set(report.tasks["arc_easy"].systems) == set(report.latency) == {"receiver", "t2t"}
+    assert report.run["systems"] == ["receiver", "t2t:2"]
+    assert f"c2c is left out of the report: it was interrupted after {count} answers" in console.file.getvalue()  # type: ignore[attr-defined]
+    report = asked("c2c", "third")
+    assert {name: x.rows for name, x in report.tasks["arc_easy"].systems.items()} == {"receiver": 7, "t2t": 2, "c2c": 7}
+    assert (report.run["systems"], report.run["controls"]) == (["c2c", "receiver", "t2t:2"], [])
+    assert report.run["commands"] == ["first", "second", "third"]
+    assert report.run["seconds"] == pytest.approx(sum(call.seconds for call in read_calls(out)), abs=0.01)
+    (out / "calls.json").write_text("[{}]")
+    with pytest.raises(DataError, match="calls.json is damaged"):
+        asked("c2c", "fourth")
+
+
+def test_latency_that_cannot_be_had_does_not_cost_the_report(pair, data, tmp_path, monkeypatch):
+    answer = Alone.answer
+
+    def fails_alone(self, items):
+        if len(items) == 1:
+            raise ValueError("one is too few")
+        return answer(self, items)
+
+    monkeypatch.setattr(Alone, "answer", fails_alone)
+    chosen = settings(pair, data, systems="receiver,c2c", controls="", sharer_form="chat", limit=6)
+    with pytest.raises(EvaluationError, match="no latency; got receiver on arc_easy.*report.json"):
+        evaluate(chosen, tmp_path / "run", Machine(batch_size=3, data_dir=data))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert set(report["tasks"]["arc_easy"]["systems"]) == {"receiver", "c2c"}
+    assert set(report["latency"]) == {"c2c"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit": 1}, "a single row"),
+        ({"receiver_form": "poem"}, "unknown prompt form"),
+        ({"tasks": ("talks",), "systems": "routing", "controls": ""}, "routing needs training rows"),
+        ({"tasks": ("arc-easy", "talks"), "systems": "routing", "controls": ""}, "routing needs training rows"),
+    ],
+)
+def test_what_the_rows_cannot_give_is_told_before_a_model_is_loaded(
+    pair, data, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setattr(evaluation, "_pair", lambda *_: pytest.fail("a model was loaded"))
+    changes = {**changes, "tasks": tuple(
+        str(data / "talks.jsonl") if name == "talks" else name for name in changes.get("tasks", ("arc-easy",))
+    )}  # fmt: skip
+    with pytest.raises(DataError, match=message):
+        evaluate(settings(pair, data, **{"receiver_form": None, **changes}), tmp_path / "run", Machine(data_dir=data))
 
 
 @pytest.mark.parametrize(
@@ -219,11 +300,16 @@ def test_a_sharer_elsewhere_is_refused_before_it_is_asked(pair, data, tmp_path):
         evaluate(settings(pair, data, sharers=("http://127.0.0.1:9",)), tmp_path / "run", Machine(data_dir=data))
 
 
-def test_a_run_that_failed_before_its_first_row_leaves_its_folder_free(pair, data, tmp_path):
+def test_a_run_that_failed_before_its_first_row_leaves_its_folder_free(pair, data, tmp_path, monkeypatch):
     """Also where forms were chosen already, for a model that is not asked now."""
     machine, out = Machine(data_dir=data), tmp_path / "out"
-    with pytest.raises(DataError, match="form"):
-        evaluate(settings(pair, data, systems="receiver", controls="", sharer_form="nope"), out, machine)
+
+    def nothing_to_learn(*_, **__):
+        raise DataError("nothing to learn")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="nothing to learn"):
+        patch.setattr(evaluation, "decide", nothing_to_learn)
+        evaluate(settings(pair, data, systems="receiver", controls="", sharer_form="completion"), out, machine)
     (out / "decisions.json").write_text("{}")
     right = settings(pair, data, systems="receiver", controls="", sharer_form="chat")
     evaluate(right, out, machine)

@@ -101,7 +101,8 @@ def latency(**seconds):
 
 def make_report(tasks=None, **changes):
     run = {
-        "receiver": "small", "sharers": ["big"], "fusers": ["demo"], "seed": 7, "command": "c2c eval --limit 8",
+        "receiver": "small", "sharers": ["big"], "fusers": ["demo"], "seed": 7,
+        "commands": ["c2c eval --limit 8", "c2c eval --limit 8 --systems c2c"],
         "definitions": {name: f"what {name} is" for name in SYSTEMS}, "forms": {"receiver": {"choice": "chat"}},
         "router": {"share": 0.5}, "versions": {"torch": "2.13.0"}, "machine": {"threads": 2},
         "peak_memory_bytes": {"cpu": 4_340_000_000}, "seconds": 3723.0,
@@ -250,7 +251,7 @@ def test_markdown_says_what_was_run(folder):
     }  # fmt: skip
     assert wanted.items() <= settings.items()
     assert text.startswith("# small ← big\n")
-    assert "```bash\nc2c eval --limit 8\n```" in text
+    assert "```bash\nc2c eval --limit 8\nc2c eval --limit 8 --systems c2c\n```" in text
     assert "Transfer is shown." in text
     assert "Transfer is not shown." in text
     assert ["ARC-Easy", "choice", "8", "3 marked wrong", "org/set@abc", "CC BY-SA 4.0"] in table_with(
@@ -341,7 +342,7 @@ def hostile_report():
     task.transfer[0].sentence = HOSTILE
     report = make_report({"../a b": task})
     report.latency |= latency(**{HOSTILE: 1.0})
-    report.run |= {"receiver": HOSTILE, HOSTILE: HOSTILE, "command": f"c2c ```\n{HOSTILE}"}
+    report.run |= {"receiver": HOSTILE, HOSTILE: HOSTILE, "commands": [f"c2c ```\n{HOSTILE}"]}
     return report
 
 
@@ -494,6 +495,13 @@ def test_the_terminal_table_fits_120_columns():
     assert second == ["62.5–87.5", "37.5–62.5", "−62.5", "to", "−37.5", "−62.5", "to", "−37.5", "s", "140", "+", "0"]
     assert [line for line in lines if line.startswith("Transfer")] == ["Transfer is shown.", "Transfer is not shown."]
     assert "1.750" in text and "less is better: nats" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_names_of_systems_stay_whole_in_a_narrow_terminal(width):
+    task = choice_task(systems={**SYSTEMS, "without-sharer": 0.25})
+    lines = printed(make_report({"arc_easy": task}), width).splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("without")] == ["without-sharer"]
 
 
 def test_the_terminal_shows_markup_in_names_as_it_is():

@@ -57,6 +57,10 @@ def alone(lm=RECEIVER, *, sharer=False, form="completion") -> systems.Alone:
     return systems.Alone("x", lm, forms, Prefills(), RECEIVER, sharer=sharer)
 
 
+def statistics_of(of: C2C, items, prefills: Prefills):
+    return sharer_statistics(of, items, prefills, batch_size=16, tell=lambda line: pytest.fail(line))
+
+
 def same(a, b) -> None:
     assert [x.text for x in a] == [y.text for y in b]
     for x, y in zip(a, b, strict=True):
@@ -105,7 +109,7 @@ def test_mismatched_hears_the_other_row_and_not_its_own():
 
 def test_the_mean_and_noise_say_nothing_of_the_row():
     of, prefills = pair(), Prefills()
-    statistics = {"quiz": sharer_statistics(of, ITEMS, prefills)}
+    statistics = {"quiz": statistics_of(of, ITEMS, prefills)}
     zeroed = Replaced(statistics, noise=False, seed=0)
     one, two = choice(0), choice(0, id="other")
     (a,), (b,) = (fused(of, zeroed).answer([item]) for item in (one, two))
@@ -120,7 +124,7 @@ def test_the_mean_and_noise_say_nothing_of_the_row():
 
 def test_controls_never_read_the_sharer():
     of, prefills = pair(), Prefills()
-    statistics = {"quiz": sharer_statistics(of, ITEMS, prefills)}
+    statistics = {"quiz": statistics_of(of, ITEMS, prefills)}
     read = []
     prefills.caches = lambda lm, *rest, _caches=prefills.caches: read.append(lm) or _caches(lm, *rest)  # type: ignore[method-assign]
     fused(of, Replaced(statistics, noise=True, seed=0), prefills).answer(ITEMS)
@@ -130,16 +134,16 @@ def test_controls_never_read_the_sharer():
 def test_keys_that_do_not_rotate_back_are_averaged_as_they_are():
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     odd = tiny_model("llama", model_type="cohere", rope_parameters=rope)  # which turns interleaved pairs
-    (statistics,) = sharer_statistics(C2C(RECEIVER, [odd], [random_fuser(RECEIVER, odd, "paper")]), ITEMS, Prefills())
+    (statistics,) = statistics_of(C2C(RECEIVER, [odd], [random_fuser(RECEIVER, odd, "paper")]), ITEMS, Prefills())
     first, later = (statistics.mean_cache(torch.tensor([position])) for position in (0, 9))
     assert torch.equal(first, later)
-    (turned,) = sharer_statistics(pair(), ITEMS, Prefills())
+    (turned,) = statistics_of(pair(), ITEMS, Prefills())
     assert not torch.equal(*(turned.mean_cache(torch.tensor([position])) for position in (0, 9)))
 
 
 def test_statistics_need_rows():
     with pytest.raises(DataError, match="rows"):
-        sharer_statistics(pair(), [], Prefills())
+        statistics_of(pair(), [], Prefills())
 
 
 def test_bytes_that_cross_are_the_fused_positions_of_the_mapped_layers():
@@ -265,6 +269,18 @@ def test_an_answer_that_runs_into_the_limit_is_marked():
     (answer,) = alone().answer([choice(0, max_new_tokens=2, one_line=False)])
     assert answer.cost.receiver_wrote == 2
     assert not answer.ended
+
+
+@pytest.mark.parametrize(
+    "default", [("repetition_penalty", 5.0), ("no_repeat_ngram_size", 1), ("min_new_tokens", 9), ("num_beams", 3)]
+)
+def test_answers_are_greedy_whatever_a_model_does_by_default(default, monkeypatch):
+    items = [choice(i, one_line=False, max_new_tokens=12) for i in range(4)]
+    plain = alone().answer(items)
+    texts = writing.write(C2C(RECEIVER), [item.messages for item in items], 12)
+    monkeypatch.setattr(RECEIVER.model.generation_config, *default)
+    assert [answer.text for answer in alone().answer(items)] == [answer.text for answer in plain]
+    assert writing.write(C2C(RECEIVER), [item.messages for item in items], 12) == texts
 
 
 # --- text-to-text and routing ---------------------------------------------------------------------------------------

@@ -602,7 +602,7 @@ def test_own_chats(tmp_path):
         ({"question": "?", "choices": list("abcdefghijk"), "answer": 0}, "choices: "),
         ({"question": " ", "choices": ["x", "y"], "answer": 0}, "question: "),
         (CHOICES | {"answer": 0, "id": 1.5}, "id"),
-        ({"question": "Capital?"}, "either answer or answers; got id, question"),
+        ({"question": "Capital?"}, "either answer or answers; got question"),
         ({"question": "Capital?", "answer": "Paris", "answers": ["Paris"]}, "either answer or answers"),
         ({"question": "Capital?", "answer": ""}, "answers.0: "),
         ({"question": "Capital?", "answers": []}, "answers: "),

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cache2cache import C2C
 from cache2cache.errors import ModelError, UnknownModelError
 from cache2cache.models import load as loading
-from cache2cache.models.load import LanguageModel, load, split_revision
+from cache2cache.models.load import LanguageModel, load
+from cache2cache.models.pull import split_revision
 from cache2cache.testing import FAMILIES, random_fuser, tiny_model, tiny_tokenizer
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"

@@ -11,6 +11,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from cache2cache.errors import ChecksumError, DownloadError, UnknownModelError
 from cache2cache.models import convert, pull
@@ -317,9 +318,57 @@ def test_a_hub_model_is_fetched_by_the_hubs_client(name, monkeypatch, tmp_path):
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, **_: asked.append(hub_id) or str(tmp_path))
-    assert pull.pull(name) == tmp_path
-    assert asked == ["Qwen/Qwen3-0.6B" if name == "qwen3-0.6b" else name]
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda hub_id, **how: asked.append((hub_id, how["revision"])) or str(tmp_path),
+    )
+    assert pull.pull(name) == pull.pull(f"{name}@v1") == tmp_path
+    hub_id = "Qwen/Qwen3-0.6B" if name == "qwen3-0.6b" else name
+    assert asked == [(hub_id, None), (hub_id, "v1")]
+
+
+class Repository:
+    """A hub repository, of which a client fetches what matches."""
+
+    def __init__(self, monkeypatch, folder, *files):
+        import huggingface_hub
+
+        self.folder, self.files = folder, files
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+
+    def download(self, hub_id, *, revision, allow_patterns, ignore_patterns):
+        for name in filter_repo_objects(self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).touch()
+        return str(self.folder)
+
+    def fetched(self):
+        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+
+
+def test_weights_are_fetched_once(monkeypatch, tmp_path):
+    files = ("config.json", "model.safetensors", "tokenizer.json")
+    others = ("consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin", "model.gguf")
+    repository = Repository(monkeypatch, tmp_path, *files, *others)
+    pull.pull("nobody/model")
+    assert repository.fetched() == set(files)
+
+
+def test_old_weights_are_fetched_where_there_are_no_others(monkeypatch, tmp_path):
+    files = ("config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json")
+    repository = Repository(monkeypatch, tmp_path, *files, "training_args.bin", "optimizer.bin")
+    pull.pull("nobody/model")
+    assert repository.fetched() == set(files)
+
+
+def test_a_repository_without_weights_is_told(monkeypatch, tmp_path):
+    Repository(monkeypatch, tmp_path, "config.json", "model.gguf", "consolidated.safetensors")
+    with pytest.raises(
+        DownloadError, match=r"nobody/model holds no weights.*got config\.json; allowed: \*\.safetensors"
+    ):
+        pull.pull("nobody/model")
 
 
 def hub_error(kind: str) -> Exception:
@@ -338,6 +387,7 @@ def hub_error(kind: str) -> Exception:
     [
         ("GatedRepoError", "is gated.*Accept its terms"),
         ("RepositoryNotFoundError", "no model nobody/model"),
+        ("RevisionNotFoundError", "nobody/model has no such revision; got v1"),
         ("ConnectionError", "could not be fetched from the hub.*Check the network"),
         ("OSError", "disk is full"),
     ],
@@ -350,4 +400,4 @@ def test_hub_failures(kind, expected, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(DownloadError, match=expected):
-        pull.pull("nobody/model")
+        pull.pull("nobody/model@v1")

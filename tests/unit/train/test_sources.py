@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import datasets
 import pytest
@@ -233,7 +233,7 @@ def test_rows_that_are_read_apart_do_not_follow_one_another(tmp_path, machine, p
 
     def neighbours(rows):
         numbers = [int(row.asked.split()[1].rstrip("?")) for row in rows]
-        return sum(abs(a - b) == 1 for a, b in zip(numbers, numbers[1:], strict=False))
+        return sum(abs(a - b) == 1 for a, b in pairwise(numbers))
 
     together, apart = (read([source], machine, seed=0, turns="last", apart=apart) for apart in (False, True))
     assert sorted(asked(together)) == sorted(asked(apart))

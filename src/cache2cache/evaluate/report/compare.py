@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 REPORT = "report.json"
-_OUTCOMES = ("command", "definitions", "started", "seconds", "peak_memory_bytes")
+_OUTCOMES = ("commands", "definitions", "started", "seconds", "peak_memory_bytes")
 """What a run says of itself that differs between any two runs, or that other settings say as well."""
 
 
@@ -57,19 +58,32 @@ class Comparison:
     settings: tuple[tuple[str, str, str], ...]
     """Setting, what it is in a, what it is in b; only where they differ."""
     compared: tuple[Compared, ...]
+    unlike: tuple[tuple[str, int], ...] = ()
+    """Task → how many of its rows have one id in both runs but ask something else; only where there are any."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the differences has to know."""
+        return [
+            f"{task}: {count} row{'s' * (count > 1)} of the same id ask something else in b, and are in no difference"
+            for task, count in self.unlike
+        ]
 
 
 def compare(a: Path, b: Path) -> Comparison:
     """Compare the folders of two runs.
 
-    Rows are the same if task, id, system and right answer are. An error counts as wrong, and where less is better the
+    Rows are the same if task, id, system, question and right answer are. An error counts as wrong, and where less is better the
     row is left out of the difference, since nothing was measured.
 
     Raises:
         DataError: a folder without report.json or rows.jsonl, or with ones that are damaged.
     """
     reports, answers = zip(*map(_read, (a, b)), strict=True)
-    return Comparison(a, b, tuple(_settings(*reports)), tuple(_compared(reports, answers)))
+    unlike = Counter(
+        task for task, _ in {key[:2] for key in answers[0].keys() & answers[1] if not _same(*(x[key] for x in answers))}
+    )
+    return Comparison(a, b, tuple(_settings(*reports)), tuple(_compared(reports, answers)), tuple(unlike.items()))
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
@@ -89,6 +103,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     from cache2cache.evaluate.report.table import plain_table
 
     console.print(Text(f"a  {comparison.a}\nb  {comparison.b}\n"))
+    for note in comparison.notes:
+        console.print(Text(f"{note}\n", style="yellow"))
     for table in comparison_tables(comparison):
         shown = plain_table()
         for number, column in enumerate(table.columns):
@@ -105,6 +121,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 def comparison_markdown(comparison: Comparison) -> str:
     """All tables in GitHub Markdown."""
     blocks = ["# Two runs", f"- a: {escape(str(comparison.a))}\n- b: {escape(str(comparison.b))}"]
+    blocks += map(escape, comparison.notes)
     for table in comparison_tables(comparison):
         blocks += [f"## {escape(table.title)}", markdown_table(table)]
     return "\n\n".join(blocks) + "\n"
@@ -144,7 +161,8 @@ def _compared(reports: tuple[Report, Report], answers: tuple[Mapping[Key, RowRec
             for system in ordered({system for task in present for system in task.systems}):
                 a, b = (_estimate(task, system, metric) for task in both)
                 if a is not None or b is not None:
-                    values = list(_same_rows(answers, name, system, scale))
+                    both_have = a is not None and b is not None
+                    values = list(_same_rows(answers, name, system, scale)) if both_have else []
                     yield Compared(present[0].title, system, scale, a, b, *_paired(values, scale))
 
 
@@ -165,10 +183,14 @@ def _same_rows(
     """The metric in both runs, row by row."""
     for key, row in answers[0].items():
         other = answers[1].get(key)
-        if (key[0], key[2]) == (task, system) and other is not None and row.target == other.target:
+        if (key[0], key[2]) == (task, system) and other is not None and _same(row, other):
             values = [_value(one, scale) for one in (row, other)]
             if values[0] is not None and values[1] is not None:
                 yield values[0], values[1]
+
+
+def _same(row: RowRecord, other: RowRecord) -> bool:
+    return (row.target, row.asked) == (other.target, other.asked)
 
 
 def _value(row: RowRecord, scale: Scale) -> float | None:

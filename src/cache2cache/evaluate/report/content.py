@@ -71,7 +71,9 @@ def sections(report: Report, drawings: Sequence[Drawing]) -> list[Section]:
         Section("Rows and licences", tables=(tables.tasks(report),)),
         Section("Systems", tables=(tables.definitions(report),)),
         Section("How to read this", _READING, tables=(tables.metrics(report),)),
-        Section("How it was run", code=report.run.get("command") or None, tables=(tables.settings(report),)),
+        Section(
+            "How it was run", code="\n".join(report.run.get("commands", [])) or None, tables=(tables.settings(report),)
+        ),
     ]
 
 

@@ -19,7 +19,10 @@ _METRICS = 2
 
 
 def print_table(report: Report, console: Console) -> None:
-    """Print every task: its systems, and whether example-specific transfer is shown. Made for 120 columns."""
+    """Print every task: its systems, and whether example-specific transfer is shown.
+
+    Made for 120 columns; in fewer, names stay whole.
+    """
     console.print(Text(title(report), style="bold"), "\n", sep="")
     for task in report.tasks.values():
         console.print(_heading(task))
@@ -37,7 +40,7 @@ def plain_table() -> Table:
 def _table(task: TaskSummary, latency: dict[str, LatencySummary]) -> Table:
     metrics = _shown(task)
     table = plain_table()
-    table.add_column("system", min_width=9, overflow="fold")
+    table.add_column("system", no_wrap=True, min_width=max(map(len, task.systems)))
     for scale in metrics:
         unit = f"{numbers.words(scale.metric)}\n{'%' if scale.share else ''}"
         table.add_column(Text(unit), justify="right", no_wrap=True)

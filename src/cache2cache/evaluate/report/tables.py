@@ -171,7 +171,7 @@ def metrics(report: Report) -> Table:
 
 def settings(report: Report) -> Table:
     """Everything that the run says of itself, except what stands elsewhere in the report."""
-    rest = {key: value for key, value in report.run.items() if key not in ("command", "definitions")}
+    rest = {key: value for key, value in report.run.items() if key not in ("commands", "definitions")}
     rows = tuple((key, _written(key, value)) for key, value in flattened(rest).items())
     return Table("Settings", ("setting", "value"), rows, numeric=False)
 
