@@ -119,7 +119,9 @@ def _cache(problems: list[str]) -> dict[str, Any]:
     folder = home()
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free
-    if not os.access(there, os.W_OK):
+    if not there.is_dir():
+        problems.append(f"{there} is a file: set C2C_HOME to a folder")
+    elif not os.access(there, os.W_OK):
         problems.append(f"{there} cannot be written to: set C2C_HOME to a folder that can")
     models = sorted(path for path in folder.glob("models/*") if path.is_dir()) if folder.is_dir() else []
     return {"folder": str(folder), "free_bytes": free, "models": {path.name: size_of(path) for path in models}}

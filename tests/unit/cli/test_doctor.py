@@ -1,5 +1,6 @@
 import builtins
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +62,13 @@ def test_no_gpu_is_said(devices: dict[str, Any], named: list[str]):
     cpu = {"cores": 2, "threads": 2, "flags": [], "products_per_second": {"float32": 1e9}}
     rows = doctor._device_rows({"cpu": cpu, **devices})
     assert [name for name, _ in rows] == named
+
+
+def test_a_cache_that_is_a_file_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("C2C_HOME", str(tmp_path / "file"))
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert json.loads(result.output)["problems"] == [f"{tmp_path / 'file'} is a file: set C2C_HOME to a folder"]
 
 
 def test_broken_torch_is_a_finding(monkeypatch: pytest.MonkeyPatch):

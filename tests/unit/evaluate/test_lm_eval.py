@@ -362,7 +362,7 @@ def test_model_args(folders):
     ("arguments", "error", "says"),
     [
         ({"sharers": "x"}, TypeError, "sharers"),
-        ({"max_batch_size": 8}, TypeError, "max_batch_size"),
+        ({"max_batch_size": 8}, GenerationError, "max_batch_size. Give --batch_size alone"),
         ({"batch_size": "auto"}, GenerationError, "'auto'"),
         ({"batch_size": 0}, GenerationError, "1, 2, 3"),
         ({"sharer": "SHARER"}, FuserMismatchError, "one fuser per sharer"),

@@ -89,8 +89,16 @@ class C2CLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> C2CLM:
-        """How the harness makes a model: from `model_args`, and from its own options such as `--device`."""
+        """How the harness makes a model: from `model_args`, and from its own options such as `--device`.
+
+        Raises:
+            GenerationError: a largest batch size, up to which the harness's own models look for theirs.
+        """
         options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if "max_batch_size" in options | arg_dict:
+            raise GenerationError(
+                "c2c does not look for a batch size by itself", got="max_batch_size", hint="Give --batch_size alone"
+            )
         return cls.from_pretrained(**arg_dict, **options)
 
     @classmethod
