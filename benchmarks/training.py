@@ -53,6 +53,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         machine = Machine(args.data_dir, args.features or Path(folder) / "features", args.device)
         recipe = read_recipe(args.recipe, args.set)
+        if recipe.data.stream:
+            parser.error("a stream keeps no prefills to measure with: --set data.stream=false")
         pair = load_pair(recipe, machine)
         prepared = _enough(prepare_rows(recipe, pair, machine), recipe, args.steps)
         # All rows are also read for statistics, without the cache by the models.
