@@ -24,6 +24,7 @@ from cache2cache.fuser import published
 from cache2cache.fuser.base import FORMAT_VERSION, Fuser, FuserConfig
 from cache2cache.fuser.hub import locate, upload
 from cache2cache.fuser.strict import check_weights, in_words
+from cache2cache.models import disk
 from cache2cache.types import torch_dtype
 
 CONFIG = "fuser_config.json"
@@ -67,6 +68,7 @@ def save_fuser(fuser: Fuser, folder: str | os.PathLike[str], *, dtype: torch.dty
     config = fuser.config.model_copy(update={"package_version": __version__})
     with staged(folder, last=CONFIG) as stage:
         save_file(state, stage / WEIGHTS, metadata={"format": "pt"})
+        disk.share(stage / WEIGHTS)
         (stage / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return folder
 

@@ -114,6 +114,8 @@ def _save(model: Model, gguf: Path, folder: Path) -> None:
     if odd := {str(weight.dtype) for weight in lm.parameters()} - {"torch.bfloat16"}:
         raise ModelError(f"the weights of {model.name} did not become bfloat16", got=", ".join(sorted(odd)))
     lm.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        disk.share(weights)
     _check_bos(model, folder)
 
 

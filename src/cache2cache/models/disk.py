@@ -30,6 +30,11 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def share(file: Path) -> None:
+    """Let those read a file who may read its folder: safetensors makes files that are their owner's alone."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
 def human(size: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cache2cache.errors import DataError
-from cache2cache.models.disk import is_full
+from cache2cache.models import disk
 
 _WEIGHTS = "weights.txt"
 _ABANDONED = 3600.0
@@ -108,6 +108,7 @@ class Shards:
         self.put(*self._about)
         with self._whole(path) as partial:
             save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
+            disk.share(partial)
         self._shards[path] = Shard.open(path)
         self._hold(self._shards[path])
 
@@ -155,7 +156,7 @@ class Shards:
             yield partial
             partial.rename(path)
         except (SafetensorError, OSError) as error:
-            hint = "Free some space, then start again: what was stored is kept" if is_full(error) else None
+            hint = "Free some space, then start again: what was stored is kept" if disk.is_full(error) else None
             raise DataError(f"the folder {self.folder} cannot be written to", got=error, hint=hint) from error
         finally:
             with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from cache2cache import Fuser, __version__
 from cache2cache.errors import C2CError, FuserFormatError, ModelError
 from cache2cache.fuser import export, store
+from cache2cache.models.shards import Shards
 from cache2cache.testing import random_fuser
 from cache2cache.text.chat import TEMPLATES
 from cache2cache.types import TEMPLATE_NAMES
@@ -89,6 +90,21 @@ def test_round_trip_at_half_size(fuser, tmp_path):
     torch.testing.assert_close(loaded.leave.weight, fuser.leave.weight, rtol=1e-2, atol=1e-3)
     assert Fuser.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
     assert store.load_fuser(folder, dtype=None).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are those of POSIX")
+@pytest.mark.parametrize("mode", [0o755, 0o750, 0o700])
+def test_who_may_read_the_folder_may_read_the_weights(fuser, tmp_path, mode):
+    """safetensors makes files for their owner alone, which nobody else on a cluster could load."""
+    umask = os.umask(0o777 & ~mode)
+    try:
+        folder = fuser.save_pretrained(tmp_path / "shared")
+        kept = Shards(tmp_path / "features", "tiny", {}, "model")
+        kept.write({"a": torch.zeros(2)})
+    finally:
+        os.umask(umask)
+    for path in (*folder.iterdir(), *kept.folder.glob("*.safetensors")):
+        assert path.stat().st_mode & 0o777 == mode & 0o666, path
 
 
 def test_dtypes_by_name(fuser, tmp_path):
