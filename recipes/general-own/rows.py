@@ -2,10 +2,10 @@
 
     python recipes/general-own/rows.py DATA
 
-A fuser that has only seen its own kinds of rows answers everything else in their style. Rows with the receiver's own words
-teach it when not to. Answers are sampled from the receiver's distribution as it is (temperature 1, nothing cut off), so that
-learning them is learning that distribution; those that come out empty are left out, and how many is printed. The functions
-are those of Python's standard library, so another version of Python gives other ones.
+A fuser that has only seen its own kinds of rows answers everything else in their style. Rows of which the receiver's own
+distribution is kept teach it when not to. Answers are sampled from that distribution as it is (temperature 1, nothing cut
+off), so that it is kept where the receiver goes; those that come out empty are left out, and how many is printed. The
+functions are those of Python's standard library, so another version of Python gives other ones.
 """
 
 from __future__ import annotations
