@@ -44,7 +44,7 @@ PLAIN: Mapping[str, Any] = MappingProxyType({
 look at a whole batch, padding included, or at what they take for an answer's first token."""
 
 GREEDY: Mapping[str, Any] = MappingProxyType({**PLAIN, "do_sample": False, "num_beams": 1})
-"""The likeliest token, always."""
+"""The likeliest token that a model's config does not forbid."""
 
 
 class Full(StoppingCriteria):

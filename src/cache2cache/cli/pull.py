@@ -25,7 +25,7 @@ def pull(
         look_up(split_revision(name)[0])  # a misspelt name is told before anything is fetched
     for name in names or []:
         folder = pull_model(name)
-        typer.echo(f"{name}: {folder}{_licence(name)}")
+        typer.echo(f"{name}: {folder}{_licence(split_revision(name)[0])}")
 
 
 def _licence(name: str) -> str:

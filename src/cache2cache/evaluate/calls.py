@@ -30,7 +30,7 @@ class Call(BaseModel):
     ended: bool = False
     """Whether all of them answered all of their rows."""
     seconds: float = 0.0
-    """Until it ended or was interrupted; 0 if it was killed."""
+    """Of asking, without loading, until it ended or was interrupted; 0 if it was killed."""
 
 
 _CALLS = TypeAdapter(list[Call])

@@ -156,6 +156,6 @@ class Report(_Part):
     format_version: int = 1
     run: dict[str, Any]
     """What was run: receiver, sharers, fusers, systems, controls, seed, limit, forms, router, commands, versions, machine,
-    peak_memory_bytes of the last call, started, seconds of all calls that were not killed."""
+    peak_memory_bytes of the last call, started, seconds of asking in all calls that were not killed."""
     tasks: dict[str, TaskSummary]
     latency: dict[str, LatencySummary]
